@@ -1,0 +1,225 @@
+"""This process's place in the launch, and its device: the only file that reads the environment.
+
+torchrun gives RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+(https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables); a process started without a launcher is
+rank 0 of 1 and needs no process group.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megazero.base.errors import ConfigError
+from megazero.base.peaks import vendor_peaks
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that were started together. Defaults: a plain process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Position among the processes of this machine."""
+    local_world_size: int = 1
+    """Number of processes on this machine."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Launch:
+        """What the launcher wrote. Without RANK and WORLD_SIZE: a plain process; without LOCAL_RANK: one a machine.
+
+        Raises ConfigError when only some of the variables are set, or when they contradict each other.
+        """
+        if "RANK" not in environ and "WORLD_SIZE" not in environ:
+            return cls()
+        names = ["RANK", "WORLD_SIZE"]
+        if "LOCAL_RANK" in environ or "LOCAL_WORLD_SIZE" in environ:
+            names += ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+        launch = cls(*(_whole_number(environ, name, among=names) for name in names))
+        for kind, rank, size in (
+            ("", launch.rank, launch.world_size),
+            ("LOCAL_", launch.local_rank, launch.local_world_size),
+        ):
+            if not 0 <= rank < size:
+                raise ConfigError(
+                    f"{kind}RANK={rank} with {kind}WORLD_SIZE={size}: ranks count from 0 to the size - 1. "
+                    + _LAUNCH_REMEDY
+                )
+        if launch.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+            raise ConfigError(
+                f"WORLD_SIZE={launch.world_size} without MASTER_ADDR and MASTER_PORT: ranks meet at that address. "
+                + _LAUNCH_REMEDY
+            )
+        return launch
+
+
+_LAUNCH_REMEDY = "Start with torchrun, which sets them all, or unset them to run one process."
+
+
+def _whole_number(environ: Mapping[str, str], name: str, among: list[str]) -> int:
+    text = environ.get(name)
+    if text is None:
+        raise ConfigError(f"the environment has only some of {', '.join(among)}: {name} is not set. {_LAUNCH_REMEDY}")
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} in the environment is not a whole number. {_LAUNCH_REMEDY}") from None
+
+
+def device_type() -> str:
+    """'cuda' where there is a usable GPU, else 'cpu'."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_for(local_rank: int, local_world_size: int = 1) -> torch.device:
+    """The device of one rank: GPU number `local_rank`, or the CPU, which any number of ranks share.
+
+    Raises ConfigError, on every rank of the machine, when its ranks are more than its GPUs.
+    """
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    devices, ranks = torch.cuda.device_count(), max(local_rank + 1, local_world_size)
+    if ranks > devices:
+        raise ConfigError(
+            f"{ranks} ranks on this machine, but it shows {devices} GPU{'s' * (devices != 1)}: one rank needs one. "
+            f"Start at most {devices} (torchrun --nproc-per-node {devices}), "
+            "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def default_backend(device_type: str) -> str:
+    """The communication backend of a kind of device."""
+    return "nccl" if device_type == "cuda" else "gloo"
+
+
+def initialize_distributed(launch: Launch, backend: str, timeout_minutes: float) -> None:
+    """Join the default process group; with nccl, also make this rank's GPU the current one. Nothing for one process.
+
+    Collective over all ranks. Raises ConfigError when this torch or this machine cannot do `backend`.
+    """
+    if launch.world_size == 1:
+        return
+    if not dist.is_backend_available(backend):
+        raise ConfigError(
+            f"distributed-backend {backend}: this torch was built without it. Use gloo, or install another torch."
+        )
+    device = None
+    if backend == "nccl":
+        if device_type() == "cpu":
+            raise ConfigError("distributed-backend nccl needs a GPU, and this machine shows none. Use gloo.")
+        device = device_for(launch.local_rank, launch.local_world_size)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device,
+    )
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the vendor states for dense matrix multiplies in `dtype`; None if unknown and on CPUs.
+
+    fp32 counts as TF32 exactly where torch would use it (`torch.set_float32_matmul_precision`).
+    """
+    peaks = vendor_peaks(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peaks is None:
+        return None
+    tf32_on = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    rates = {
+        torch.bfloat16: peaks.bf16,
+        torch.float16: peaks.fp16,
+        torch.float32: peaks.tf32 if tf32_on and peaks.tf32 else peaks.fp32,
+    }
+    rate = rates.get(dtype)
+    return None if rate is None else rate * 1e12
+
+
+def measure_gemm_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    """FLOP/s of the best of a few square matrix multiplies with `threads` CPU threads: the peak for MFU on a CPU.
+
+    Takes about 0.1 s. The side is 1024, or 256 where a type is emulated so slowly that 1024 would take too long
+    (fp16 on most CPUs).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        small = _best_gemm_seconds(device, dtype, side=256, budget_s=0.02)
+        if small * 4**3 > 0.1:
+            return 2 * 256**3 / small
+        return 2 * 1024**3 / _best_gemm_seconds(device, dtype, side=1024, budget_s=0.1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _best_gemm_seconds(device: torch.device, dtype: torch.dtype, side: int, budget_s: float) -> float:
+    a, b = (torch.full((side, side), 0.5, device=device, dtype=dtype) for _ in range(2))
+    out = torch.mm(a, b)  # also the warm-up
+    best, end = float("inf"), time.perf_counter() + budget_s
+    while best == float("inf") or time.perf_counter() < end:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes that tensors held on a GPU, or the bytes of RAM that this process holds (off Linux: its peak)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+def cpu_threads_for(local_world_size: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Threads for one of `local_world_size` ranks that share this machine's usable cores evenly, at least 1.
+
+    OMP_NUM_THREADS wins, except the 1 that torchrun puts there by itself when it starts several ranks.
+    """
+    asked = environ.get("OMP_NUM_THREADS", "")
+    torchruns_own = asked == "1" and local_world_size > 1 and "TORCHELASTIC_RUN_ID" in environ
+    if asked.isdigit() and int(asked) > 0 and not torchruns_own:
+        return int(asked)
+    return max(1, _usable_cores() // local_world_size)
+
+
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""cgroup v2's "200000 100000": microseconds of CPU in each period of so many, or "max 100000"."""
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on, within the CPU quota of its container (cgroup v2) if there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if _CPU_QUOTA.exists():
+        quota, period = _CPU_QUOTA.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores

@@ -1,0 +1,80 @@
+"""Derived values: what the schema calls "Derived:" and can be computed from other settings and the number of ranks.
+
+    ffn-hidden-size = ceil(8/3 · hidden / 64) · 64 with swiglu (Llama), else 4 · hidden
+    data-parallel size = world / (tp · pp · cp)       global-batch-size = micro-batch-size · data-parallel size
+
+What needs the machine (backend, bucket size), the tokenizer (vocab-size) or a checkpoint (lr-decay-iters) stays None
+and is filled in by the one who knows.
+"""
+
+from __future__ import annotations
+
+import os.path
+
+from megazero.config.fields import value_of
+from megazero.config.layers import Setting, with_settings
+from megazero.config.layout import smallest_world_size
+from megazero.config.schema import RunConfig
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Replicas of the model over `world_size` ranks, rounded down, at least 1."""
+    return max(world_size // smallest_world_size(config), 1)
+
+
+def derive(config: RunConfig, world_size: int | None) -> RunConfig:
+    """A copy with the derivable values filled in and their origin set to `derived: <formula>`.
+
+    `world_size` None: unknown, what depends on it stays None. A value whose inputs make no sense (hidden-size not
+    divisible by the heads) stays None too; `rules.find_problems` says why.
+    """
+    for key, value, formula in [*_model(config), *_batch(config, world_size)]:
+        config = _fill(config, key, value, formula)
+    for key, value, formula in _length(config):
+        config = _fill(config, key, value, formula)
+    output_dir = config.logging.output_dir or "runs/default"
+    tokenizer = "HuggingFaceTokenizer" if config.data.tokenizer_model else "NullTokenizer"
+    for key, text, formula in [
+        ("data.tokenizer_type", tokenizer, "from tokenizer-model"),
+        ("data.data_cache_path", os.path.join(output_dir, "index-cache"), "under output-dir"),
+        ("checkpoint.save", os.path.join(output_dir, "checkpoints"), "under output-dir"),
+        ("logging.output_dir", output_dir, "runs/default"),
+        ("logging.wandb_exp_name", os.path.basename(os.path.normpath(output_dir)), "name of output-dir"),
+    ]:
+        config = _fill(config, key, text, formula)
+    return config
+
+
+def _model(config: RunConfig) -> list[tuple[str, int | None, str]]:
+    model = config.model
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    if model.activation == "swiglu":
+        ffn, formula = -(-8 * hidden // (3 * 64)) * 64, "8/3 · hidden-size, rounded up to 64s"
+    else:
+        ffn, formula = 4 * hidden, "4 · hidden-size"
+    whole = heads > 0 and hidden % heads == 0
+    return [
+        ("model.ffn_hidden_size", ffn, formula),
+        ("model.num_query_groups", heads, "num-attention-heads"),
+        ("model.kv_channels", hidden // heads if whole else None, "hidden-size / num-attention-heads"),
+        ("model.max_position_embeddings", config.data.seq_length, "seq-length"),
+    ]
+
+
+def _batch(config: RunConfig, world_size: int | None) -> list[tuple[str, int | None, str]]:
+    batch = config.training.micro_batch_size * data_parallel_size(config, world_size) if world_size else None
+    return [("training.global_batch_size", batch, "micro-batch-size · data-parallel size")]
+
+
+def _length(config: RunConfig) -> list[tuple[str, int | None, str]]:
+    training = config.training
+    known = training.train_samples is not None and training.global_batch_size is not None
+    batch = max(training.global_batch_size or 1, 1)
+    iters = (training.train_samples or 0) // batch or None if known else None
+    return [("training.train_iters", iters, "train-samples / global-batch-size")]
+
+
+def _fill(config: RunConfig, key: str, value: object, formula: str) -> RunConfig:
+    if value is None or value_of(config, key) is not None:
+        return config
+    return with_settings(config, {key: Setting(value, f"derived: {formula}")})

@@ -1,0 +1,55 @@
+"""A micro-batch: samples stacked into tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megazero.data.sample import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b samples of s tokens."""
+
+    tokens: Tensor
+    """int64 [b, s], inputs."""
+    labels: Tensor
+    """int64 [b, s], the token after each input."""
+    loss_mask: Tensor
+    """float32 [b, s], 1 where the label counts in the loss."""
+    position_ids: Tensor
+    """int64 [b, s]."""
+    document_ids: Tensor | None
+    """int32 [b, s], equal for tokens that may see each other; None: all of a sample may."""
+    sample_index: Tensor
+    """int64 [b], each sample's place in its global batch, whatever the layout."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on a device."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = None if value is None else value.to(device, non_blocking=non_blocking)
+        return Batch(**moved)
+
+
+def stack(samples: Sequence[Sample], places: Sequence[int]) -> Batch:
+    """A micro-batch of samples; `places`: where each stands in the global batch."""
+    first = samples[0]
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
+
+    return Batch(
+        tokens=tensor("tokens"),
+        labels=tensor("labels"),
+        loss_mask=tensor("loss_mask"),
+        position_ids=tensor("position_ids"),
+        document_ids=None if first.document_ids is None else tensor("document_ids"),
+        sample_index=torch.tensor(list(places), dtype=torch.int64),
+    )

@@ -1,0 +1,23 @@
+"""Initial values that do not depend on the layout.
+
+Each parameter has a generator of its own, seeded by (seed, crc32 of its logical name). The logical tensor is drawn from it
+on the CPU, whatever the device, and each rank keeps its boxes.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from megazero.parallel.sharding import ShardSpec
+
+
+def initial_values(spec: ShardSpec, seed: int) -> Tensor:
+    """The parameter's initial values on this rank: fp32, local shape."""
+    if spec.init_std is None:
+        return torch.full(spec.local_shape, spec.init_fill)
+    generator = torch.Generator().manual_seed((seed << 32) + crc32(spec.name.encode()))
+    logical = torch.empty(spec.shape).normal_(0.0, spec.init_std, generator=generator)
+    return spec.local(logical).clone()

@@ -1,0 +1,162 @@
+"""Tensor parallelism: linear layers and the token embedding split over the tp axis (Shoeybi et al., arXiv 1909.08053).
+
+    x ─ enter ─ ColumnParallelLinear ─ f ─ RowParallelLinear ─ leave ─ y       enter: identity forward, all-reduce backward
+       [b,s,h]      [b,s,ffn/tp]             [b,s,h] partial    [b,s,h]        leave: all-reduce forward, identity backward
+
+Communication Functions hold no weights, so a backward that is run in two halves pays no collective twice. The layers are
+not subclasses of nn.Linear on purpose: a library that treats them as such would train wrong adapters silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megazero.parallel.collectives import all_gather, all_reduce
+from megazero.parallel.sharding import ShardSpec, split, whole
+from megazero.parallel.topology import AxisGroup, Topology
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: AxisGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.contiguous(), ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: AxisGroup) -> Tensor:
+        return all_reduce(x.contiguous(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def enter_tensor_parallel(x: Tensor, group: AxisGroup) -> Tensor:
+    """Into a region where each tp rank computes a part: the gradients of `x` that come back are summed over tp."""
+    return x if group.size == 1 else _Enter.apply(x, group)
+
+
+def leave_tensor_parallel(x: Tensor, group: AxisGroup) -> Tensor:
+    """Out of such a region: sums the ranks' partial results."""
+    return x if group.size == 1 else _Leave.apply(x, group)
+
+
+def gather_columns(x: Tensor, group: AxisGroup) -> Tensor:
+    """[..., n/tp] on each rank -> [..., n] on all. For results that are read, not differentiated."""
+    return all_gather(x.detach(), group, dim=-1) if group.size > 1 else x
+
+
+def parameter(spec: ShardSpec) -> nn.Parameter:
+    """An unallocated parameter (on meta) of the spec's local shape; it gets memory and values when ZeRO takes it."""
+    created = nn.Parameter(torch.empty(spec.local_shape, device="meta"))
+    created.shard_spec = spec  # type: ignore[attr-defined]  # read back by sharding.spec_of
+    return created
+
+
+def replicated(name: str, shape: tuple[int, ...], topology: Topology, **init: Any) -> nn.Parameter:
+    """A parameter that every tp rank holds whole, with equal gradients."""
+    base = whole(name, shape)
+    return parameter(ShardSpec(name, shape, base.boxes, replicas=topology.group("tp").ranks, **init))
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ + b with W's rows (the output features) split over tp: [.., in] -> [.., out/tp].
+
+    Args:
+        name: logical name of the module; parameters are `{name}.weight` [out, in] and `{name}.bias` [out].
+        enter: false when the caller has already passed `x` through `enter_tensor_parallel`, as attention and gated MLPs
+            do once for all the projections that read the same input.
+        copies: neighbouring tp ranks that hold the same rows (kv heads fewer than tp); their gradients are summed.
+
+    Raises AssertionError when out is not a multiple of tp / copies (configs are checked before).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        topology: Topology,
+        *,
+        bias: bool,
+        init_std: float,
+        enter: bool = True,
+        copies: int = 1,
+    ) -> None:
+        super().__init__()
+        self.group = topology.group("tp") if enter else None
+        tp = topology.group("tp")
+        same = topology.subgroup("tp", copies)
+        part, parts = tp.rank // copies, tp.size // copies
+        shared = {"replicas": same.ranks, "grad_sum": same if copies > 1 else None}
+        shape = (out_features, in_features)
+        weight = ShardSpec(f"{name}.weight", shape, (split(0, shape, part, parts),), init_std=init_std, **shared)
+        self.weight = parameter(weight)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            box = split(0, (out_features,), part, parts)
+            self.bias = parameter(ShardSpec(f"{name}.bias", (out_features,), (box,), **shared))
+        self.in_features, self.out_features = in_features, out_features // parts  # local sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            x = enter_tensor_parallel(x, self.group)
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ + b with W's columns (the input features) split over tp: [.., in/tp] -> [.., out], summed over tp.
+
+    The bias is whole on each rank and added after the sum. Parameters: `{name}.weight` [out, in], `{name}.bias` [out].
+    """
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, topology: Topology, *, bias: bool, init_std: float
+    ) -> None:
+        super().__init__()
+        self.group = topology.group("tp")
+        shape = (out_features, in_features)
+        box = split(1, shape, self.group.rank, self.group.size)
+        replicas = (self.group.ranks[self.group.rank],)
+        self.weight = parameter(ShardSpec(f"{name}.weight", shape, (box,), replicas=replicas, init_std=init_std))
+        self.bias = replicated(f"{name}.bias", (out_features,), topology) if bias else None
+        self.in_features, self.out_features = in_features // self.group.size, out_features  # local sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = leave_tensor_parallel(F.linear(x, self.weight), self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with its rows split over tp: ids [b, s] -> [b, s, h].
+
+    `rows` is the padded vocabulary; padding never depends on tp. Ids that another rank holds contribute zero here and
+    the sum over tp completes them.
+    """
+
+    def __init__(self, name: str, rows: int, width: int, topology: Topology, *, init_std: float) -> None:
+        super().__init__()
+        self.group = topology.group("tp")
+        shape = (rows, width)
+        box = split(0, shape, self.group.rank, self.group.size)
+        replicas = (self.group.ranks[self.group.rank],)
+        self.weight = parameter(ShardSpec(f"{name}.weight", shape, (box,), replicas=replicas, init_std=init_std))
+        self.first, self.rows = box.offset[0], box.shape[0]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.first
+        elsewhere = (local < 0) | (local >= self.rows)
+        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return leave_tensor_parallel(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.group)

@@ -1,0 +1,55 @@
+"""The way in and out of a training process: errors become one clear message and an exit status.
+
+    0 done or stopped as asked · 1 failed while running · 2 the settings, data or checkpoint cannot work
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from megazero.base.device import Launch
+from megazero.base.errors import CheckpointError, ConfigError, DataError, MegazeroError
+from megazero.config.schema import RunConfig
+from megazero.parallel.liveness import missing_ranks
+
+
+def run(train: Callable[[RunConfig], None], config: RunConfig) -> int:
+    """Call `train(config)` and return the process's exit status, having said on stderr what went wrong."""
+    try:
+        train(config)
+    except (ConfigError, CheckpointError) as error:  # found by every rank alike: one says it
+        if Launch.from_environment().rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except MegazeroError as error:
+        print(f"{_where()}error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, DataError) else 1
+    except KeyboardInterrupt:
+        print(f"{_where()}stopped at once; what came after the last checkpoint is lost", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def explain_lost_ranks(error: RuntimeError, iteration: int) -> None:
+    """If a collective failed because ranks are gone, say which, before `error` goes on."""
+    from_communication = isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo raises plain RuntimeErrors
+    if not (dist.is_initialized() and from_communication):
+        return
+    gone = missing_ranks()
+    if gone:
+        ranks = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
+        print(
+            f"{_where()}error: {ranks} stopped answering in iteration {iteration + 1}; this rank stops too. Look at the "
+            "first error above, and at that machine's log (a kill by the system leaves none here). The same command "
+            f"resumes from the last checkpoint. ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _where() -> str:
+    launch = Launch.from_environment()
+    return f"[rank {launch.rank}] " if launch.world_size > 1 else ""

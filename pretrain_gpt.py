@@ -1,0 +1,14 @@
+"""Pretrain a GPT-style language model: parse the settings, then train. `--help` lists every flag."""
+
+from __future__ import annotations
+
+import sys
+
+from megazero.config.flags import main_config
+
+if __name__ == "__main__":
+    config = main_config(sys.argv[1:])
+    from megazero.train.entry import run  # torch is imported only now: --help and errors answer at once
+    from megazero.train.loop import pretrain
+
+    sys.exit(run(pretrain, config))

@@ -1,0 +1,36 @@
+"""For the whole test tree: the pool of ranks, GPU tests only where there is a GPU, a repeatable hypothesis profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.harness import Ranks
+
+settings.register_profile("megazero", deadline=None, derandomize=True)  # a failure must be the same on every machine
+settings.load_profile("megazero")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest, rank_pool: Ranks) -> Ranks:
+    """The pool of gloo ranks: `ranks.run(function, world_size, *args)`; see tests/harness.py."""
+    rank_pool.most = 8 if request.node.get_closest_marker("slow") else 4
+    return rank_pool

@@ -1,0 +1,121 @@
+"""Faults that a layout could have, each of which the parity tests must see (tests of the tests)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megazero.engine.engine import Engine
+from megazero.models.attention import Attention
+from megazero.parallel.collectives import Pending
+from megazero.parallel.sharding import ShardSpec
+from megazero.parallel.tensor import RowParallelLinear
+from megazero.parallel.topology import AxisGroup
+
+ALONE = AxisGroup("tp", (0,), 0, None)
+
+
+def _rank_zero_alone(engine: Engine) -> AxisGroup:
+    return replace(ALONE, ranks=(engine.topology.rank,))
+
+
+def forward_all_reduce_missing(engine: Engine) -> None:
+    """A row-parallel linear that keeps its partial result."""
+    for module in engine.module.modules():
+        if isinstance(module, RowParallelLinear):
+            module.group = _rank_zero_alone(engine)
+            return
+
+
+def backward_all_reduce_missing(engine: Engine) -> None:
+    """A column-parallel region whose input gradients are not summed."""
+    for module in engine.module.modules():
+        if isinstance(module, Attention):
+            module.group = replace(_rank_zero_alone(engine), rank=0)
+            return
+
+
+def copied_heads_not_summed(engine: Engine) -> None:
+    """Key/value heads that several tp ranks hold, with gradients left apart."""
+    for bucket in engine.zero.buckets:
+        bucket.grad_sum = None
+
+
+def replicas_counted_twice(engine: Engine) -> None:
+    """A clip norm that counts replicated parameters on each rank."""
+    everywhere: Callable[[ShardSpec, int], bool] = lambda spec, rank: True  # noqa: E731
+    engine.zero.norm_squared = _with(ShardSpec, "owned_by", everywhere, engine.zero.norm_squared)  # type: ignore[method-assign]
+
+
+def mean_of_means(engine: Engine) -> None:
+    """Each data-parallel rank divides by its own token count and the gradients are averaged."""
+    group = engine.topology.group("zero")
+
+    def local_count(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * group.size
+
+    engine._over_batch = local_count  # type: ignore[method-assign]
+
+
+def gradient_not_reduced(engine: Engine) -> None:
+    """A data-parallel bucket that keeps its own gradients."""
+    bucket = engine.zero.buckets[0]
+    reduce_next = engine.zero._reduce_next
+
+    def keep_first() -> None:
+        own = bucket.grads.clone() if engine.zero._next == 0 else None
+        reduce_next()
+        if own is not None:
+            engine.zero._reductions[0].wait()
+            engine.zero._reductions[0] = Pending([], lambda: bucket.grads.copy_(own))  # type: ignore[arg-type,return-value]
+
+    engine.zero._reduce_next = keep_first  # type: ignore[method-assign]
+
+
+def gradient_scale_wrong(engine: Engine) -> None:
+    """Gradients averaged over data-parallel ranks instead of summed."""
+    finish = engine.zero.finish_reduction
+
+    def scaled() -> None:
+        finish()
+        engine.zero.scale_gradients(1 / engine.topology.size("zero"))
+
+    engine.zero.finish_reduction = scaled  # type: ignore[method-assign]
+
+
+def parameters_not_gathered(engine: Engine) -> None:
+    """A step after which ranks keep their old copies of the others' shards."""
+    engine.zero.publish = lambda: None  # type: ignore[method-assign]
+
+
+def _with(owner: Any, name: str, value: Any, function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function`, run while owner.name is `value`."""
+
+    def patched() -> Any:
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        try:
+            return function()
+        finally:
+            setattr(owner, name, before)
+
+    return patched
+
+
+FAULTS: dict[str, Callable[[Engine], None]] = {
+    fault.__name__: fault
+    for fault in (
+        forward_all_reduce_missing,
+        backward_all_reduce_missing,
+        copied_heads_not_summed,
+        replicas_counted_twice,
+        mean_of_means,
+        gradient_not_reduced,
+        gradient_scale_wrong,
+        parameters_not_gathered,
+    )
+}
+
