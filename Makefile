@@ -55,11 +55,13 @@ $(DATA)/stdlib_text_document.idx: $(DATA)/corpus.jsonl $(DATA)/tokenizer/tokeniz
 		--tokenizer-model $(DATA)/tokenizer --output-prefix $(DATA)/stdlib --workers 2 --append-eod
 	@touch $@
 
-# Ranks: 2 on the CPU, else as many as there are GPUs, up to 2.
-RANKS = $$($(BIN)/python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
+# Ranks (2 on the CPU, else one a GPU, up to 2) and CPU threads for each; without the latter torchrun warns.
+RANKS_AND_THREADS = $$($(BIN)/python -c 'import torch; from megazero.base.device import cpu_threads_for; \
+	ranks = min(2, torch.cuda.device_count()) or 2; print(ranks, cpu_threads_for(ranks))')
 
 pretrain: $(DATA)/stdlib_text_document.idx
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) pretrain_gpt.py --recipe recipes/quickstart.yaml --output-dir $(RUN) $(ARGS)
+	@set -- $(RANKS_AND_THREADS); set -x; OMP_NUM_THREADS=$$2 $(BIN)/torchrun --standalone --nproc-per-node $$1 \
+		pretrain_gpt.py --recipe recipes/quickstart.yaml --output-dir $(RUN) $(ARGS)
 
 # ---- checks
 

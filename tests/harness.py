@@ -247,7 +247,7 @@ def collect(members: list[RankProcess], seconds: float, what: str = "finish") ->
 def report(name: str, world_size: int, troubles: list[Trouble], output: dict[int, str]) -> str:
     """The text of a RankFailure."""
     named = ", ".join(str(trouble.rank) for trouble in troubles)
-    lines = [f"{name} on {world_size} ranks: trouble on rank {named} (in this order)"]
+    lines = [f"{name} on {world_size} rank{'s' * (world_size != 1)}: trouble on rank {named} (in this order)"]
     for trouble in troubles:
         lines += ["", f"======== {trouble.title} ========", trouble.detail.rstrip()]
         text = output.get(trouble.rank, "")

@@ -57,8 +57,8 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the candidate nearest to a misspelt word, or an empty string when none is near."""
     by_folded = {candidate.lower().replace("_", "-"): candidate for candidate in candidates}
     folded = word.lower().replace("_", "-")
-    longer = [candidate for candidate in by_folded if candidate.startswith(folded)]
-    near = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.6) or longer[:1]
+    longer = [candidate for candidate in by_folded if f"{candidate}-".startswith(f"{folded}-")]  # an abbreviation
+    near = sorted(longer, key=len)[:1] or difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.6)
     return f" Did you mean {by_folded[near[0]]!r}?" if near else ""
 
 

@@ -105,7 +105,7 @@ RANGES: dict[str, Range] = {
     ),
     "model.rotary_percent": Range(0, 1, open_low=True),
     "model.rope_scaling_factor": Range(1),
-    "optimizer.lr_warmup_fraction": Range(0, 1),
+    "optimizer.lr_warmup_fraction": _SHARE,
 }
 """Recipe key -> range. A test checks that every number of the schema is here."""
 

@@ -137,7 +137,7 @@ def _heads_over_tp(config: RunConfig, world: int | None) -> Iterator[str]:
     heads, groups = config.model.num_attention_heads, config.model.num_query_groups
     if heads % tp:
         yield _not_split(config, "model.num_attention_heads", heads, "each rank holds whole heads")
-    if groups is not None and heads % groups == 0 and groups % tp and tp % groups:
+    if groups not in (None, heads) and heads % groups == 0 and groups % tp and tp % groups:
         near = either([*near_divisors(groups, tp)[:1], *neighbours(tp, groups)[-1:]])
         yield (
             f"{show(config, 'model.num_query_groups')} and {show(config, 'parallel.tensor_model_parallel_size')}: one "
@@ -273,18 +273,21 @@ def _schedule(config: RunConfig, world: int | None) -> Iterator[str]:
             f"{show(config, 'optimizer.lr_warmup_iters')} and {show(config, 'optimizer.lr_warmup_fraction')} exclude "
             f"each other. Give one."
         )
-    if decay is None or optimizer.lr_decay_style == "constant":
+    if decay is None:
         return
-    if optimizer.lr_warmup_iters > decay:
+    fraction = optimizer.lr_warmup_fraction
+    warmup = optimizer.lr_warmup_iters if fraction is None else fraction * decay
+    wsd = optimizer.lr_wsd_decay_iters or max(decay // 10, 1)
+    if warmup >= decay:
         yield (
-            f"{show(config, 'optimizer.lr_warmup_iters')} is above {show(config, decay_key)}: the decay ends before "
-            f"the warmup. Use --lr-warmup-iters {decay // 10}, or a longer --lr-decay-iters."
+            f"{show(config, 'optimizer.lr_warmup_iters')} is not below {show(config, decay_key)}: the warmup must end "
+            f"before the decay does. Use --lr-warmup-iters {decay // 10}, or a larger --lr-decay-iters."
         )
-    wsd = optimizer.lr_wsd_decay_iters
-    if optimizer.lr_decay_style == "WSD" and wsd is not None and wsd > decay:
+    elif optimizer.lr_decay_style == "WSD" and warmup + wsd > decay:
         yield (
-            f"{show(config, 'optimizer.lr_wsd_decay_iters')} is above {show(config, decay_key)}: the last part cannot "
-            f"be longer than the whole. Use --lr-wsd-decay-iters {max(decay // 10, 1)}."
+            f"--lr-wsd-decay-iters {wsd} does not fit between a warmup of {warmup:g} steps and "
+            f"{show(config, decay_key)}: WSD decays at the end. "
+            f"Use --lr-wsd-decay-iters {math.floor(decay - warmup)} or less, or a larger --lr-decay-iters."
         )
 
 

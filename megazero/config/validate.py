@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from megazero.base.errors import ConfigError
-from megazero.config.derive import data_parallel_size, derive
-from megazero.config.layout import check_world_size, padded_vocab_size, parse_split
+from megazero.config.derive import derive
+from megazero.config.layout import padded_vocab_size
 from megazero.config.rules import find_problems
 from megazero.config.schema import RunConfig
 
-__all__ = ["check_world_size", "data_parallel_size", "padded_vocab_size", "parse_split", "resolve"]
+__all__ = ["padded_vocab_size", "resolve"]
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:

@@ -7,7 +7,8 @@ source whose next sample has the earliest deadline among those that are due:
 
 so after n places each source has n·a_i/D samples, give or take less than one, for every n. The period then repeats: a
 place is found by division, whatever the length of the run, and a longer run changes nothing before.
-Source: proportionate fairness, Baruah, Cohen, Plaxton, Varvel (Algorithmica 15, 1996): earliest deadline first meets all.
+Source: proportionate fairness (Baruah, Cohen, Plaxton, Varvel, Algorithmica 15, 1996): earliest deadline first meets
+every deadline.
 """
 
 from __future__ import annotations

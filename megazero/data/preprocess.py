@@ -132,6 +132,7 @@ class _Work:
         """Tokenize one part; its .json, written last, says that it is whole."""
         counts = Counts()
         writers = [IndexedWriter(_part_prefix(self.folder, index, key), self.dtype) for key in self.job.keys]
+        left = self.parts[index].size
         for block in read_part(self.parts[index], self.job.keys):
             _note_problems(block.problems, counts, self.job.strict)
             for writer, column in zip(writers, block.columns, strict=True):
@@ -144,8 +145,10 @@ class _Work:
                 counts.tokens += len(tokens)
             counts.documents += len(block.columns[0])
             advance(block.size)
+            left -= block.size
         for writer in writers:
             writer.close()
+        advance(left)  # lines cross the edges of parts: here the sum becomes right
         _write_json(_counts_path(self.folder, index), asdict(counts))
         return counts
 

@@ -1,7 +1,7 @@
 """The engine: a module, ZeRO, an optimizer and a precision, and one order of work for a step.
 
-    count tokens over all ranks → forward and backward of each micro-batch (loss sum / global count) → finish the reduction →
-    one pass for norm, loss and finiteness (one all-reduce over the world) → clip → step → gather parameters
+    count tokens over all ranks → forward and backward of each micro-batch (loss sum / global count) → finish the
+    reduction → one pass for norm, loss and finiteness (one all-reduce over the world) → clip → step → gather parameters
 
 It serves any nn.Module and never imports a model.
 """
@@ -113,7 +113,9 @@ class Engine:
         if not (math.isfinite(norm) and math.isfinite(loss_mean)) and self.policy != "ignore":
             warning = describe(self.zero, loss_mean, float(local_loss))
             if self.policy == "raise":
-                raise NonFiniteError(f"{warning}. Lower the learning rate or look at the data; --non-finite skip goes on.")
+                raise NonFiniteError(
+                    f"{warning}. Lower the learning rate or look at the data; --non-finite skip goes on."
+                )
             skipped = True
         else:
             if self.max_norm > 0 and norm > self.max_norm:

@@ -1,7 +1,7 @@
 """One policy for losses and gradients that are NaN or infinite, in every stage and precision.
 
-`skip` leaves the weights alone and warns, `raise` stops, `ignore` goes on. The message names the rank whose own gradients
-were bad before they were summed, and its first bad parameter.
+`skip` leaves the weights alone and warns, `raise` stops, `ignore` goes on. The message names the rank whose own
+gradients were bad before they were summed, and its first bad parameter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The torch optimizer over ZeRO's shards.
 
-Each owned part of a bucket is cut where the weight-decay group changes; each cut is one flat Parameter, a view of the fp32
-master, whose `.grad` is a view of the reduced gradients. Any element-wise torch optimizer can step on these.
+Each owned part of a bucket is cut where the weight-decay group changes; each cut is one flat Parameter, a view of the
+fp32 master, whose `.grad` is a view of the reduced gradients. Any element-wise torch optimizer can step on these.
 """
 
 from __future__ import annotations

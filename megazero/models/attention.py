@@ -4,7 +4,8 @@
                ├─ k_proj ─ [k_norm] ─ rope ─┼─ softmax(q kᵀ/√d) v ─ o_proj ─ y        x, y [b, s, h]
                └─ v_proj ───────────────────┘        heads/tp on each rank
 
-With fewer key/value heads than tp ranks, tp / groups neighbouring ranks hold the same head and their gradients are summed.
+With fewer key/value heads than tp ranks, tp / groups neighbouring ranks hold the same head and their gradients are
+summed.
 """
 
 from __future__ import annotations

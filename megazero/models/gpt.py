@@ -2,8 +2,8 @@
 
     tokens [b, s] ─ embed_tokens ─ [dropout] ─ num_layers × Block ─ norm ─ lm_head ─ Σ loss, or logits
 
-Parameter names are Hugging Face's for Llama (`model.layers.0.self_attn.q_proj.weight`, …, `lm_head.weight`). Built on meta:
-parameters have specs but no memory until ZeRO takes the model.
+Parameter names are Hugging Face's for Llama (`model.layers.0.self_attn.q_proj.weight`, …, `lm_head.weight`). Built on
+meta: parameters have specs but no memory until ZeRO takes the model.
 """
 
 from __future__ import annotations

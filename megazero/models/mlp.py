@@ -1,6 +1,6 @@
 """The feed-forward layer, its width split over tp.
 
-    swiglu:  down(silu(gate(x)) · up(x))        others:  down(act(up(x)))         x [b, s, h], inside [b, s, ffn/tp]
+swiglu:  down(silu(gate(x)) · up(x))        others:  down(act(up(x)))         x [b, s, h], inside [b, s, ffn/tp]
 """
 
 from __future__ import annotations

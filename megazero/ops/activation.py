@@ -1,7 +1,8 @@
 """The MLP's non-linearities.
 
-    swiglu(gate, up) = silu(gate) · up   (Shazeer, arXiv 2002.05202)      squared_relu(x) = max(x, 0)²   (So et al., 2109.08668)
-    gelu(x) = x · Φ(x)                   (Hendrycks & Gimpel, 1606.08415) gelu_tanh: GPT-2's tanh approximation of it
+swiglu(gate, up) = silu(gate) · up   (Shazeer, arXiv 2002.05202)      squared_relu(x) = max(x, 0)²   (So et al.,
+2109.08668) gelu(x) = x · Φ(x)                   (Hendrycks & Gimpel, 1606.08415) gelu_tanh: GPT-2's tanh
+approximation of it
 """
 
 from __future__ import annotations

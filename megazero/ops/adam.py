@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 
-def fused_adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+def fused_adamw(
+    groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
     """AdamW over parameter groups (each with its `weight_decay`), fused on CPU and CUDA."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

@@ -2,8 +2,8 @@
 
     softmax(q kᵀ / sqrt(d) + mask) v          (Vaswani et al., arXiv 1706.03762; GQA: Ainslie et al., arXiv 2305.13245)
 
-SDPA picks the kernel. Packed documents are a boolean mask, which every SDPA backend but the flash kernels takes (FlexAttention
-has no backward on CPU).
+SDPA picks the kernel. Packed documents are a boolean mask, which every SDPA backend but the flash kernels takes
+(FlexAttention has no backward on CPU).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def attention_reference(
     dropout_key: int = 0,
     coordinates: list[Tensor] | None = None,
 ) -> Tensor:
-    """The formula with explicit probabilities, softmax in fp32: attention's reference, and the path for attention dropout.
+    """The formula with explicit probabilities, softmax in fp32: the reference, and the path for attention dropout.
 
     `coordinates` name the elements of the probabilities [b, hq, s, s] for `dropout`.
     """
-    b, s, hq, d = q.shape
+    s, hq, d = q.shape[1:]
     groups = hq // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [b, s, hq, d]
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() / math.sqrt(d)

@@ -3,7 +3,8 @@
     loss = log Σⱼ exp(zⱼ) - z_target,    dz = softmax(z) - onehot(target)
 
 One device sees some columns of the logits. It gives the three numbers per token from which the whole softmax follows
-(maximum, sum of exponentials relative to it, target's logit if it is here); megazero.parallel.cross_entropy combines them.
+(maximum, sum of exponentials relative to it, target's logit if it is here); megazero.parallel.cross_entropy combines
+them.
 """
 
 from __future__ import annotations

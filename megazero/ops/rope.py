@@ -18,7 +18,7 @@ _ORIGINAL_CONTEXT, _LOW_FREQUENCY_FACTOR, _HIGH_FREQUENCY_FACTOR = 8192, 1.0, 4.
 
 
 def rope_frequencies(rotary_dim: int, base: float, scaling_factor: float | None = None) -> Tensor:
-    """Angle per position of each channel pair, fp32 [rotary_dim / 2]; `scaling_factor` is Llama 3.1's, None for none."""
+    """Angle per position of each channel pair, fp32 [rotary_dim / 2]. `scaling_factor`: Llama 3.1's, or None."""
     frequencies = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
     if scaling_factor is None:
         return frequencies

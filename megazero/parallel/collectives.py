@@ -1,4 +1,5 @@
-"""Communication, named for what it does. Every function takes a group and returns its input when the group has one member.
+"""Communication, named for what it does. Every function takes a group and returns its input when the group has one
+member.
 
 Slices: a flat tensor of group.size equal slices; rank i owns slice i. On gloo, reduce-scatter is an exchange of slices
 followed by a local fp32 sum, and all-gather is an exchange too: gloo's own reduce-scatter is an all-reduce inside and

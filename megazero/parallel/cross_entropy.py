@@ -1,9 +1,9 @@
 """Output projection and cross-entropy in one, over a vocabulary split over tp, never holding the full logits.
 
-Tokens go through in chunks: logits of a chunk, three numbers per token gathered over tp, the loss, and at once the chunk's
-gradients by hidden state and weight (the loss is a sum, so backward only scales them: no recomputation, and running
-backward in two halves repeats no collective). Padding rows of the weight are not multiplied at all.
-Memory: one chunk of logits, plus an fp32 gradient of the weight between forward and backward.
+Tokens go through in chunks: logits of a chunk, three numbers per token gathered over tp, the loss, and at once the
+chunk's gradients by hidden state and weight (the loss is a sum, so backward only scales them: no recomputation, and
+running backward in two halves repeats no collective). Padding rows of the weight are not multiplied at all. Memory:
+one chunk of logits, plus an fp32 gradient of the weight between forward and backward.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def linear_cross_entropy(
     real = min(max(vocab_size - first_row, 0), weight.shape[0])
     chunk = chunk_tokens or max(_CHUNK_ELEMENTS.get(hidden.device.type, 1 << 27) // max(weight.shape[0], 1), 16)
     hidden = enter_tensor_parallel(hidden, group)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask.float(), first_row, real, group, chunk, torch.is_grad_enabled())
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, labels, loss_mask.float(), first_row, real, group, chunk, torch.is_grad_enabled()
+    )
+    return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """After a collective has failed: which ranks are gone?
 
-Every rank that is still there signs in at the process group's store; who has not after some seconds is gone. The store is
-the launcher's, or rank 0's.
+Every rank that is still there signs in at the process group's store; who has not after some seconds is gone. The
+store is the launcher's, or rank 0's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Initial values that do not depend on the layout.
 
-Each parameter has a generator of its own, seeded by (seed, crc32 of its logical name). The logical tensor is drawn from it
-on the CPU, whatever the device, and each rank keeps its boxes.
+Each parameter has a generator of its own, seeded by (seed, crc32 of its logical name). The logical tensor is drawn
+from it on the CPU, whatever the device, and each rank keeps its boxes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Tensor parallelism: linear layers and the token embedding split over the tp axis (Shoeybi et al., arXiv 1909.08053).
 
-    x ─ enter ─ ColumnParallelLinear ─ f ─ RowParallelLinear ─ leave ─ y       enter: identity forward, all-reduce backward
-       [b,s,h]      [b,s,ffn/tp]             [b,s,h] partial    [b,s,h]        leave: all-reduce forward, identity backward
+    x ─ enter ─ ColumnParallelLinear ─ f ─ RowParallelLinear ─ leave ─ y
+       [b,s,h]      [b,s,ffn/tp]             [b,s,h] partial    [b,s,h]
 
-Communication Functions hold no weights, so a backward that is run in two halves pays no collective twice. The layers are
-not subclasses of nn.Linear on purpose: a library that treats them as such would train wrong adapters silently.
+    enter: identity forward, all-reduce backward        leave: all-reduce forward, identity backward
+
+Communication Functions hold no weights, so a backward that is run in two halves pays no collective twice. The layers
+are not subclasses of nn.Linear on purpose: a library that treats them as such would train wrong adapters silently.
 """
 
 from __future__ import annotations
@@ -98,14 +100,14 @@ class ColumnParallelLinear(nn.Module):
         tp = topology.group("tp")
         same = topology.subgroup("tp", copies)
         part, parts = tp.rank // copies, tp.size // copies
-        shared = {"replicas": same.ranks, "grad_sum": same if copies > 1 else None}
+        grad_sum = same if copies > 1 else None
         shape = (out_features, in_features)
-        weight = ShardSpec(f"{name}.weight", shape, (split(0, shape, part, parts),), init_std=init_std, **shared)
-        self.weight = parameter(weight)
+        box = split(0, shape, part, parts)
+        self.weight = parameter(ShardSpec(f"{name}.weight", shape, (box,), same.ranks, grad_sum, init_std))
         self.bias: nn.Parameter | None = None
         if bias:
             box = split(0, (out_features,), part, parts)
-            self.bias = parameter(ShardSpec(f"{name}.bias", (out_features,), (box,), **shared))
+            self.bias = parameter(ShardSpec(f"{name}.bias", (out_features,), (box,), same.ranks, grad_sum))
         self.in_features, self.out_features = in_features, out_features // parts  # local sizes
 
     def forward(self, x: Tensor) -> Tensor:

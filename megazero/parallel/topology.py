@@ -172,7 +172,9 @@ class Topology:
 
 
 def _check_at_least_one(**sizes: int) -> None:
-    problems = [f"{axis}={size}: an axis has at least one rank. Give 1 or more." for axis, size in sizes.items() if size < 1]
+    problems = [
+        f"{axis}={size}: an axis has at least one rank. Give 1 or more." for axis, size in sizes.items() if size < 1
+    ]
     if problems:
         raise ConfigError(*problems)
 

@@ -12,12 +12,8 @@ square.
 
 from __future__ import annotations
 
+from megazero.config.layout import padded_vocab_size
 from megazero.config.schema import TransformerConfig
-
-
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Rows of the embedding: `vocab_size` rounded up to a multiple of make-vocab-size-divisible-by."""
-    return -(-vocab_size // multiple) * multiple
 
 
 def parameter_count(model: TransformerConfig, padded: bool = False) -> int:

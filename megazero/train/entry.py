@@ -1,6 +1,6 @@
 """The way in and out of a training process: errors become one clear message and an exit status.
 
-    0 done or stopped as asked · 1 failed while running · 2 the settings, data or checkpoint cannot work
+0 done or stopped as asked · 1 failed while running · 2 the settings, data or checkpoint cannot work
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def explain_lost_ranks(error: RuntimeError, iteration: int) -> None:
     if gone:
         ranks = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
         print(
-            f"{_where()}error: {ranks} stopped answering in iteration {iteration + 1}; this rank stops too. Look at the "
-            "first error above, and at that machine's log (a kill by the system leaves none here). The same command "
+            f"{_where()}error: {ranks} stopped answering in iteration {iteration + 1}; this rank stops too. Look at "
+            "the first error above and that machine's log (a kill by the system leaves none here). The same command "
             f"resumes from the last checkpoint. ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
             file=sys.stderr,
             flush=True,

@@ -5,6 +5,7 @@ resume? ─► validate ─► [ step ─► log? ─► validate? ─► save? 
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def pretrain(config: RunConfig) -> None:
 
 
 def write_config(config: RunConfig) -> None:
-    """Leave the resolved settings, each with its origin, in the run's folder. Raises ConfigError if it can't be written."""
+    """Leave the resolved settings, each with its origin, in the run's folder. Raises ConfigError if it can't."""
     assert config.logging.output_dir is not None
     target = Path(config.logging.output_dir, "config.yaml")
     try:
@@ -103,35 +104,29 @@ class Loop:
         assert run.datasets.train is not None
         batches = self._batches(run.datasets.train, progress.consumed_samples)
         interval = _Interval()
-        validated = saved = progress.iteration
-        while progress.iteration < self.train_iters:
+        last = False
+        while not last:
             result = self._step(next(batches))
             interval.losses.append(result.loss)
             iteration = progress.iteration
-            last = iteration == self.train_iters or self._must_stop(result)
+            last = self._must_stop(result) or iteration == self.train_iters
             if iteration % config.logging.log_interval == 0 or last:
                 self._log(result, interval)
                 interval = _Interval()
+            paused = time.perf_counter()
             if _due(iteration, config.training.eval_interval) or iteration == self.train_iters:
                 self._validate()
-                validated = iteration
-                interval.began = time.perf_counter()
             if _due(iteration, config.checkpoint.save_interval) or last:
                 save(run, progress, self.rate)
-                saved = iteration
-                interval.began = time.perf_counter()
-            if last:
-                break
-        assert saved == progress.iteration
+            interval.began += time.perf_counter() - paused  # the time of a step is that of steps alone
         batches.close()
-        if progress.iteration < self.train_iters:
+        if progress.iteration == self.train_iters:
+            finish_report(run, self.metrics)
+        else:
             self.metrics.message(
                 f"stopped after iteration {progress.iteration} of {self.train_iters} ({self.stop.reason}); checkpoint "
                 f"saved in {config.checkpoint.save}. The same command goes on from there."
             )
-            return
-        assert validated == progress.iteration
-        finish_report(run, self.metrics)
 
     def _step(self, batches: list[Batch]) -> StepResult:
         run, progress = self.run, self.progress
@@ -206,6 +201,7 @@ class Loop:
 
     def _log(self, result: StepResult, interval: _Interval) -> None:
         progress, steps = self.progress, len(interval.losses)
+        finite = [loss for loss in interval.losses if math.isfinite(loss)]
         seconds = (time.perf_counter() - interval.began) / steps
         per_device = self.flops_per_step / seconds / self.run.topology.world_size
         self.metrics.step(
@@ -213,7 +209,7 @@ class Loop:
                 "iteration": progress.iteration,
                 "consumed_samples": progress.consumed_samples,
                 "consumed_tokens": progress.consumed_tokens,
-                "lm_loss": sum(interval.losses) / steps,
+                "lm_loss": sum(finite) / len(finite) if finite else math.nan,
                 "learning_rate": self.learning_rate,
                 "grad_norm": result.grad_norm,
                 "loss_scale": 1.0,
@@ -223,7 +219,8 @@ class Loop:
                 "mfu": per_device / self.peak,
                 "memory_bytes": memory_bytes(self.run.device),
                 "skipped_iterations": progress.skipped,
-            }
+            },
+            nan_iterations=steps - len(finite),
         )
 
     def _peak_flops(self) -> float:

@@ -116,9 +116,9 @@ def _data_order(run: Run) -> dict[str, Any]:
 def _check_data_order(run: Run, stored: dict[str, Any]) -> None:
     now = _data_order(run)
     problems = [
-        f"{name} is {now[name]!r}, but the checkpoint's run has {stored.get(name)!r}: the order of the data would change "
-        f"in mid-run. Give --{name.replace('_', '-')} {stored.get(name)}, or start anew from its weights with --finetune "
-        "and another --output-dir."
+        f"{name} is {now[name]!r}, but the checkpoint's run has {stored.get(name)!r}: the order of the data would "
+        f"change in mid-run. Give --{name.replace('_', '-')} {stored.get(name)}, or start anew from its weights with "
+        "--finetune and another --output-dir."
         for name in now
         if now[name] != stored.get(name)
     ]

@@ -1,8 +1,9 @@
 """Flat buffers over whole parameters.
 
-A bucket holds parameters of one unit (a block, or what is outside the blocks) in reverse registration order, which is about
-the order in which backward fills their gradients. It is padded to equal slices, and rank i of the ZeRO group owns slice i of
-EVERY bucket, so memory and reduction time are even by construction and a reduce-scatter writes straight into the shard.
+A bucket holds parameters of one unit (a block, or what is outside the blocks) in reverse registration order, which is
+about the order in which backward fills their gradients. It is padded to equal slices, and rank i of the ZeRO group
+owns slice i of EVERY bucket, so memory and reduction time are even by construction and a reduce-scatter writes
+straight into the shard.
 
       values  [ w3 | w2 | w1 |pad]   model dtype; the parameters are views of it
       grads   [ g3 | g2 | g1 |pad]   fp32; gradients accumulate here, whatever type autograd makes

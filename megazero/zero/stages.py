@@ -1,8 +1,8 @@
 """ZeRO as one table of lifetimes (Rajbhandari et al., arXiv 1910.02054).
 
-    stage   gradients reduced                optimizer state    parameters
-      0     all-reduce at the boundary       full               full
-      1     reduce-scatter at the boundary   shard              full; all-gather after the step
+stage   gradients reduced                optimizer state    parameters
+  0     all-reduce at the boundary       full               full
+  1     reduce-scatter at the boundary   shard              full; all-gather after the step
 """
 
 from __future__ import annotations

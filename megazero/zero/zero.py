@@ -3,9 +3,9 @@
     backward hook ─► grads[place] += gradient ─► bucket complete? ─► reduce-scatter (overlaps backward)
     finish_reduction ─► norm, clip, step on the shard's master ─► publish: cast, all-gather (overlaps the next forward)
 
-The ZeRO group is the flattened (dp, cp) axes. A gradient is ready when `.grad` was filled, whoever filled it: hooks are one
-entry, `gradient_ready` the explicit one. Buckets are reduced strictly in order, so that every rank issues the same
-communication in the same order.
+The ZeRO group is the flattened (dp, cp) axes. A gradient is ready when `.grad` was filled, whoever filled it: hooks
+are one entry, `gradient_ready` the explicit one. Buckets are reduced strictly in order, so that every rank issues the
+same communication in the same order.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union
 from hypothesis import strategies as st
 
 from megazero.config.fields import FIELDS
-from megazero.config.layers import Setting, with_settings
+from megazero.config.layers import Setting, assemble
 from megazero.config.schema import RunConfig
 
 
@@ -48,4 +48,4 @@ def config_with(**changes: Any) -> RunConfig:
         "training.train_iters": 100,
     }
     small.update({key.replace("__", "."): value for key, value in changes.items()})
-    return with_settings(RunConfig(), {key: Setting(value, f"flag {FIELDS[key].flag}") for key, value in small.items()})
+    return assemble([{key: Setting(value, f"flag {FIELDS[key].flag}") for key, value in small.items()}])

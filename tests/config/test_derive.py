@@ -82,7 +82,11 @@ def test_names_follow_output_dir() -> None:
 def test_what_is_said_is_left_alone() -> None:
     config = config_with(model__ffn_hidden_size=100, checkpoint__save="here", training__global_batch_size=12)
     filled = derive(config, 4)
-    assert (filled.model.ffn_hidden_size, filled.checkpoint.save, filled.training.global_batch_size) == (100, "here", 12)
+    assert (filled.model.ffn_hidden_size, filled.checkpoint.save, filled.training.global_batch_size) == (
+        100,
+        "here",
+        12,
+    )
     assert filled.origins["checkpoint.save"] == "flag --save"
 
 

@@ -1,4 +1,4 @@
-"""The command line: every field is a flag, precedence, Megatron's spellings, every refusal, --help and --print-config."""
+"""The command line: every field is a flag, precedence, Megatron's spellings, refusals, --help, --print-config."""
 
 from __future__ import annotations
 
@@ -118,7 +118,10 @@ def test_group_query_attention_is_one_group_unless_said_otherwise(
         (["--lr", "fast"], "--lr: expected a finite number, got 'fast'."),
         (["--num_layers", "1e3"], "--num-layers: expected a whole number, got '1e3'; write 1000."),
         (["--zero-stage", "3"], "--zero-stage: expected one of 0, 1, got '3'."),
-        (["--lr-decay-style", "wsd"], "--lr-decay-style: expected one of constant, linear, cosine, inverse-square-root, "),
+        (
+            ["--lr-decay-style", "wsd"],
+            "--lr-decay-style: expected one of constant, linear, cosine, inverse-square-root, ",
+        ),
         (["--mock-data=true"], "--mock-data=true: this flag takes no value; write --mock-data or --no-mock-data."),
         (["--bf16=1"], "--bf16=1: this flag takes no value; write --bf16."),
         (["--mock-data", "true"], "'true' follows no flag that takes it; write --flag VALUE."),
@@ -139,7 +142,9 @@ def test_spellings_that_agree_are_accepted() -> None:
 
 
 def test_all_bad_flags_are_reported_at_once() -> None:
-    assert refusal("--batch-size", "4", "--foo").startswith("2 problems in the configuration:\n  - --batch-size: renamed")
+    assert refusal("--batch-size", "4", "--foo").startswith(
+        "2 problems in the configuration:\n  - --batch-size: renamed"
+    )
     assert refusal("--lr", "x", "--seed", "y", "z").startswith("3 problems in the configuration:")
 
 
@@ -184,7 +189,9 @@ def test_print_config_shows_what_is_missing_on_stderr(capsys: pytest.CaptureFixt
     assert "problem: neither --data-path nor --mock-data is given" in shown.err
 
 
-def test_help_is_grouped_and_shows_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_is_grouped_and_shows_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
         main_config(["--help"])

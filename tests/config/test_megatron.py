@@ -10,7 +10,7 @@ from megazero.config.flags import build_parser, parse_run_config
 from megazero.config.megatron import ALIASES, explain, explain_alias
 
 # Megatron-LM core 0.20, training arguments and the names that it renamed or dropped.
-MEGATRON = """
+_NAMES = """
 tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size expert-model-parallel-size
 expert-tensor-parallel-size sequence-parallel cp-comm-type hierarchical-context-parallel-sizes
 num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank pipeline-model-parallel-layout
@@ -58,7 +58,8 @@ batch-size warmup model-parallel-size checkpoint-activations rampup-batch-size u
 dist-ckpt-format ckpt-fully-parallel-save enable-cuda-graph external-cuda-graph cuda-graph-scope
 use-rotary-position-embeddings no-position-embedding hybrid-override-pattern no-weight-decay-cond-type
 moe-enable-deepep moe-deepep-num-sms use-flash-attn
-""".split()
+"""
+MEGATRON = _NAMES.split()
 
 
 def test_every_flag_of_megatron_is_ours_or_explained() -> None:

@@ -73,19 +73,40 @@ def test_reads_values_by_the_fields_types() -> None:
         ("- model\n", "r.yaml: a recipe is a mapping of sections"),
         ("base: [a, b]\n", "r.yaml: base: expected the name of one recipe, got ['a', 'b']."),
         ("model: 3\n", "r.yaml: model: expected `key: value` lines, got 3."),
-        ("modle:\n  num_layers: 2\n", "r.yaml: unknown section 'modle'. Did you mean 'model'? There are model, parallel,"),
+        (
+            "modle:\n  num_layers: 2\n",
+            "r.yaml: unknown section 'modle'. Did you mean 'model'? There are model, parallel,",
+        ),
         ("lr: 3e-4\n", "r.yaml: 'lr' stands outside its section; write it under `optimizer:`."),
         ("model:\n  num_layer: 2\n", "r.yaml: unknown key 'num_layer' in `model`. Did you mean 'num_layers'?"),
         ("model:\n  lr: 1\n", "r.yaml: unknown key 'lr' in `model`; it belongs under `optimizer:`."),
         ("model:\n  qqqq: 1\n", "r.yaml: unknown key 'qqqq' in `model`."),
-        ("training:\n  num_laye: 1\n", "r.yaml: unknown key 'num_laye' in `training`. Did you mean 'model.num_layers'?"),
-        ("training:\n  bf16: true\n", "r.yaml: unknown key 'bf16' in `training`: in a recipe write `precision: bf16` under"),
-        ("model:\n  group_query_attention: true\n", "r.yaml: unknown key 'group_query_attention' in `model`: in a recipe"),
-        ("training:\n  batch_size: 4\n", "r.yaml: unknown key 'batch_size' in `training`: renamed to --micro-batch-size."),
+        (
+            "training:\n  num_laye: 1\n",
+            "r.yaml: unknown key 'num_laye' in `training`. Did you mean 'model.num_layers'?",
+        ),
+        (
+            "training:\n  bf16: true\n",
+            "r.yaml: unknown key 'bf16' in `training`: in a recipe write `precision: bf16` under",
+        ),
+        (
+            "model:\n  group_query_attention: true\n",
+            "r.yaml: unknown key 'group_query_attention' in `model`: in a recipe",
+        ),
+        (
+            "training:\n  batch_size: 4\n",
+            "r.yaml: unknown key 'batch_size' in `training`: renamed to --micro-batch-size.",
+        ),
         ("model:\n  num_layers: two\n", "r.yaml: model.num_layers: expected a whole number, got 'two'."),
         ("model:\n  num_layers:\n", "r.yaml: model.num_layers: expected a whole number, got nothing; give a value or"),
-        ("logging:\n  wandb_exp_name: 2024-01-02\n", "r.yaml: logging.wandb_exp_name: expected text, got the date 2024"),
-        ("optimizer:\n  lr_decay_style: cosin\n", "r.yaml: optimizer.lr_decay_style: expected one of constant, linear,"),
+        (
+            "logging:\n  wandb_exp_name: 2024-01-02\n",
+            "r.yaml: logging.wandb_exp_name: expected text, got the date 2024",
+        ),
+        (
+            "optimizer:\n  lr_decay_style: cosin\n",
+            "r.yaml: optimizer.lr_decay_style: expected one of constant, linear,",
+        ),
     ],
 )
 def test_refuses_in_one_line_that_names_file_and_key(text: str, words: str) -> None:
@@ -95,7 +116,9 @@ def test_refuses_in_one_line_that_names_file_and_key(text: str, words: str) -> N
 
 
 def test_reports_all_problems_of_a_file_at_once() -> None:
-    assert refusal("model:\n  num_layers: x\n  foo: 1\nlr: 1\n").startswith("3 problems in the configuration:\n  - r.yaml:")
+    assert refusal("model:\n  num_layers: x\n  foo: 1\nlr: 1\n").startswith(
+        "3 problems in the configuration:\n  - r.yaml:"
+    )
 
 
 def test_base_is_found_beside_the_file_then_in_the_checkout(folder: Path) -> None:

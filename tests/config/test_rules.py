@@ -45,7 +45,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         2,
         {"parallel__context_parallel_size": 2},
-        "--context-parallel-size 2: context parallelism is not available in this version. Use --context-parallel-size 1.",
+        "--context-parallel-size 2: context parallelism is not available in this version. "
+        "Use --context-parallel-size 1.",
     ),
     (
         2,
@@ -68,14 +69,14 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"model__hidden_size": 60},
-        "--hidden-size 60 is not divisible by --num-attention-heads 8: a head is hidden-size / num-attention-heads wide. "
-        "Use --hidden-size 56 or 64, or set --kv-channels.",
+        "--hidden-size 60 is not divisible by --num-attention-heads 8: a head is hidden-size / num-attention-heads "
+        "wide. Use --hidden-size 56 or 64, or set --kv-channels.",
     ),
     (
         1,
         {"model__num_query_groups": 3},
-        "--num-attention-heads 8 is not divisible by --num-query-groups 3: each key/value head serves equally many query "
-        "heads. Use --num-query-groups 2 or 4.",
+        "--num-attention-heads 8 is not divisible by --num-query-groups 3: each key/value head serves equally many "
+        "query heads. Use --num-query-groups 2 or 4.",
     ),
     (
         3,
@@ -116,21 +117,22 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
             "model__vocab_size": 99,
             "model__make_vocab_size_divisible_by": 10,
         },
-        "--vocab-size 99 padded to a multiple of 10 is 100, which is not divisible by --tensor-model-parallel-size 8: the "
-        "embedding's rows are split evenly. Use --make-vocab-size-divisible-by 40.",
+        "--vocab-size 99 padded to a multiple of 10 is 100, which is not divisible by --tensor-model-parallel-size 8: "
+        "the embedding's rows are split evenly. Use --make-vocab-size-divisible-by 40.",
     ),
     (
         1,
         {"model__kv_channels": 7},
-        "--kv-channels 7 and --rotary-percent 1.0 (default) rotate 7 channels of a head: RoPE rotates pairs, so the number "
-        "must be even and above 0. Use --kv-channels 8 with --rotary-percent 1, or --position-embedding-type none.",
+        "--kv-channels 7 and --rotary-percent 1.0 (default) rotate 7 channels of a head: RoPE rotates pairs, so the "
+        "number must be even and above 0. Use --kv-channels 8 with --rotary-percent 1, or "
+        "--position-embedding-type none.",
     ),
     (
         1,
         {"model__rotary_percent": 0.1},
         "--kv-channels 8 (derived: hidden-size / num-attention-heads) and --rotary-percent 0.1 rotate 0 channels of a "
-        "head: RoPE rotates pairs, so the number must be even and above 0. Use --kv-channels 8 with --rotary-percent 1, "
-        "or --position-embedding-type none.",
+        "head: RoPE rotates pairs, so the number must be even and above 0. Use --kv-channels 8 with --rotary-percent "
+        "1, or --position-embedding-type none.",
     ),
     (1, {"model__kv_channels": 7, "model__position_embedding_type": "learned_absolute"}, ""),
     (
@@ -148,8 +150,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"data__split": "9;1"},
-        "--split '9;1' is not a split: give one to three numbers >= 0 for train, validation and test, the first above 0, "
-        "such as 969,30,1.",
+        "--split '9;1' is not a split: give one to three numbers >= 0 for train, validation and test, the first "
+        "above 0, such as 969,30,1.",
     ),
     (
         1,
@@ -172,7 +174,8 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"training__sample_prompt": "def f"},
-        "--sample-prompt def f is text, and there is no tokenizer to read it. Give --tokenizer-model PATH, or remove it.",
+        "--sample-prompt def f is text, and there is no tokenizer to read it. "
+        "Give --tokenizer-model PATH, or remove it.",
     ),
     (
         1,
@@ -204,23 +207,35 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (
         1,
-        {"optimizer__lr_warmup_iters": 101},
-        "--lr-warmup-iters 101 is above --train-iters 100: the decay ends before the warmup. "
-        "Use --lr-warmup-iters 10, or a longer --lr-decay-iters.",
+        {"optimizer__lr_warmup_iters": 100},
+        "--lr-warmup-iters 100 is not below --train-iters 100: the warmup must end before the decay does. "
+        "Use --lr-warmup-iters 10, or a larger --lr-decay-iters.",
     ),
     (
         1,
         {"optimizer__lr_warmup_iters": 51, "optimizer__lr_decay_iters": 50},
-        "--lr-warmup-iters 51 is above --lr-decay-iters 50: the decay ends before the warmup. "
-        "Use --lr-warmup-iters 5, or a longer --lr-decay-iters.",
+        "--lr-warmup-iters 51 is not below --lr-decay-iters 50: the warmup must end before the decay does. "
+        "Use --lr-warmup-iters 5, or a larger --lr-decay-iters.",
     ),
-    (1, {"optimizer__lr_warmup_iters": 101, "optimizer__lr_decay_style": "constant"}, ""),
+    (1, {"optimizer__lr_warmup_iters": 99}, ""),
     (
         1,
-        {"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 101},
-        "--lr-wsd-decay-iters 101 is above --train-iters 100: the last part cannot be longer than the whole. "
-        "Use --lr-wsd-decay-iters 10.",
+        {"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 81, "optimizer__lr_warmup_iters": 20},
+        "--lr-wsd-decay-iters 81 does not fit between a warmup of 20 steps and --train-iters 100: WSD decays at the "
+        "end. Use --lr-wsd-decay-iters 80 or less, or a larger --lr-decay-iters.",
     ),
+    (
+        1,
+        {"optimizer__lr_decay_style": "WSD", "optimizer__lr_warmup_fraction": 0.95},
+        "--lr-wsd-decay-iters 10 does not fit between a warmup of 95 steps and --train-iters 100: WSD decays at the "
+        "end. Use --lr-wsd-decay-iters 5 or less, or a larger --lr-decay-iters.",
+    ),
+    (
+        1,
+        {"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 80, "optimizer__lr_warmup_iters": 20},
+        "",
+    ),
+    (1, {"optimizer__lr_decay_style": "cosine", "optimizer__lr_wsd_decay_iters": 500}, ""),
     (
         1,
         {"training__train_iters": None, "training__train_samples": 3, "training__global_batch_size": 4},
@@ -251,10 +266,18 @@ def test_a_rule_reports_values_rule_and_remedy(world: int, changes: dict[str, An
     [
         ("model.num_layers", 0, "--num-layers 0: must be at least 1. Choose such a value."),
         ("model.hidden_size", 0, "--hidden-size 0: must be at least 1. Choose such a value."),
-        ("parallel.tensor_model_parallel_size", 0, "--tensor-model-parallel-size 0: must be at least 1. Choose such a value."),
+        (
+            "parallel.tensor_model_parallel_size",
+            0,
+            "--tensor-model-parallel-size 0: must be at least 1. Choose such a value.",
+        ),
         ("training.micro_batch_size", -1, "--micro-batch-size -1: must be at least 1. Choose such a value."),
         ("model.hidden_dropout", 1.0, "--hidden-dropout 1.0: must be at least 0 and below 1. Choose such a value."),
-        ("model.attention_dropout", -0.1, "--attention-dropout -0.1: must be at least 0 and below 1. Choose such a value."),
+        (
+            "model.attention_dropout",
+            -0.1,
+            "--attention-dropout -0.1: must be at least 0 and below 1. Choose such a value.",
+        ),
         ("model.rotary_percent", 0.0, "--rotary-percent 0.0: must be above 0 and at most 1. Choose such a value."),
         ("optimizer.adam_eps", 0.0, "--adam-eps 0.0: must be above 0. Choose such a value."),
         ("optimizer.clip_grad", -1.0, "--clip-grad -1.0: must be at least 0. Choose such a value."),

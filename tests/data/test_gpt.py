@@ -161,7 +161,9 @@ def test_empty_corpus(tmp_path):
 def test_ids_outside_the_vocabulary_are_found_at_once(tmp_path):
     prefix = write(tmp_path, [[1, 2], [3, 50]])
     assert TokenFile(prefix, 51)
-    with pytest.raises(DataError, match=r"token id 50 .*outside the vocabulary of 50 ids \(0 to 49\).*--tokenizer-model"):
+    with pytest.raises(
+        DataError, match=r"token id 50 .*outside the vocabulary of 50 ids \(0 to 49\).*--tokenizer-model"
+    ):
         TokenFile(prefix, 50)
     with pytest.raises(DataError, match="token id -3"):
         TokenFile(write(tmp_path, [[1, -3]], np.int32, "n"), 50)
@@ -186,4 +188,3 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert one == TokenFile(write(tmp_path, [[1, 2], [3]], name="b"), 10).fingerprint
     assert one != TokenFile(write(tmp_path, [[1, 2], [4]], name="c"), 10).fingerprint
     assert one != TokenFile(write(tmp_path, [[1], [2, 3]], name="d"), 10).fingerprint
-

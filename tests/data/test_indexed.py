@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megazero.base.errors import DataError
@@ -16,7 +16,13 @@ from megazero.data.indexed import DTYPES, IndexedDataset, IndexedWriter, merge, 
 
 def golden_idx(code: int, itemsize: int) -> bytes:
     """Three sequences of 2, 0 and 3 tokens in two documents, written out by hand."""
-    head = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code) + struct.pack("<Q", 3) + struct.pack("<Q", 3)
+    head = (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<Q", 1)
+        + struct.pack("<B", code)
+        + struct.pack("<Q", 3)
+        + struct.pack("<Q", 3)
+    )
     pointers = struct.pack("<3q", 0, 2 * itemsize, 2 * itemsize)
     return head + struct.pack("<3i", 2, 0, 3) + pointers + struct.pack("<3q", 0, 2, 3)
 
@@ -58,6 +64,7 @@ def test_dtype_without_a_code_is_refused(tmp_path):
         IndexedWriter(tmp_path / "a", np.uint32)
 
 
+@settings(max_examples=25)
 @given(documents=st.lists(st.lists(st.integers(0, 65499), max_size=9), max_size=12), parts=st.integers(1, 4))
 def test_round_trip_and_merge(tmp_path_factory, documents, parts):
     folder = tmp_path_factory.mktemp("merge")
@@ -144,7 +151,9 @@ def test_index_without_documents(tmp_path):
 
 
 def test_bin_that_does_not_match(tmp_path):
-    with pytest.raises(DataError, match=r"cut short or does not match .*needs 10 bytes \(5 tokens of uint16\), the file has 9"):
+    with pytest.raises(
+        DataError, match=r"cut short or does not match .*needs 10 bytes \(5 tokens of uint16\), the file has 9"
+    ):
         IndexedDataset(damage(tmp_path, GOOD, b"123456789"))
     with pytest.raises(DataError, match=r"a.bin does not match .*needs 10 bytes .*the file has 11"):
         IndexedDataset(damage(tmp_path, GOOD, b"12345678901"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -175,6 +176,16 @@ def test_pieces_without_elements_are_left_out(tmp_path: Path) -> None:
     assert torch.equal(target, values)
 
 
+def test_all_is_on_the_disk_when_a_save_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and every folder that got an entry was synced: a power cut loses nothing."""
+    synced = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    save_step(tmp_path / "ckpt", 10)
+    folder = tmp_path / "ckpt" / "step_00000010"
+    needed = [tmp_path / "ckpt", *folder.parent.rglob("*")]
+    assert [path for path in needed if path.stat().st_ino not in synced] == []
+
+
 def test_saving_the_same_step_again_replaces_it(store: Path) -> None:
     save_step(store, 20, shift=99)
     assert_equal(load_weights(store), logical_state(99))
@@ -199,6 +210,24 @@ def test_step_set_aside_by_a_killed_save_still_loads(store: Path) -> None:
 
 
 # ---- what `latest` may say
+
+
+@pytest.mark.parametrize("pending", ["", "step_000", "step_00000030\n"])
+def test_pending_latest_that_says_nothing_is_no_checkpoint(tmp_path: Path, pending: str) -> None:
+    """The first save was killed before its folder had its name."""
+    (tmp_path / ".latest").write_text(pending)
+    assert latest_iteration(tmp_path) is None
+    save_step(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_pending_latest_counts_only_without_a_latest(store: Path) -> None:
+    (store / ".latest").write_text("step_00000010\n")
+    assert latest_iteration(store) == 20
+    (store / "latest").unlink()
+    assert latest_iteration(store) == 10
+    save_step(store, 30)
+    assert latest_iteration(store) == 30
 
 
 def test_latest_iteration(store: Path, tmp_path: Path) -> None:

@@ -221,10 +221,10 @@ def save_badly(directory: str, kind: str) -> str:
     ("kind", "message"),
     [
         ("copy", "pieces of w hold 24 elements over all ranks (12 without repeated boxes), the tensor 12"),
-        ("copy and hole", ""),  # torch's planner or ours: both refuse
-        ("hole", ""),
-        ("overlap", "overlapping chunks"),
-        ("shape", ""),
+        ("copy and hole", "Failed to validate global plan"),
+        ("hole", "Failed to validate global plan"),
+        ("overlap", "Failed to validate global plan"),
+        ("shape", "ranks disagree in shape or dtype of w"),
         ("dtype", "ranks disagree in shape or dtype of w"),
         ("disagreement on one rank", "pieces of w disagree in shape or dtype"),
         ("sections", "ranks save or load different things"),

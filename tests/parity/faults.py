@@ -118,4 +118,3 @@ FAULTS: dict[str, Callable[[Engine], None]] = {
         parameters_not_gathered,
     )
 }
-

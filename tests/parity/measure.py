@@ -1,4 +1,5 @@
-"""Train a small model for some steps on one layout and bring back, by logical name, everything that must not depend on it."""
+"""Train a small model for some steps on one layout and bring back, by logical name, everything that must not depend
+on it."""
 
 from __future__ import annotations
 
@@ -139,7 +140,9 @@ def assemble(engine: Engine, buffers: Any) -> dict[str, Tensor]:
     """Logical tensors from all ranks' boxes, on rank 0; each element must come exactly once."""
     mine = [(n, s, b, t.clone()) for n, s, b, t in engine.zero.pieces(buffers, for_save=True)]
     whole: dict[str, Tensor] = {}
-    for name, shape, box, part in [p for pieces in gather_objects(mine, engine.topology.group("world")) for p in pieces]:
+    for name, shape, box, part in [
+        p for pieces in gather_objects(mine, engine.topology.group("world")) for p in pieces
+    ]:
         target = box.of(whole.setdefault(name, torch.full(shape, torch.nan)))
         assert target.isnan().all(), f"{name} {box} came twice"
         target.copy_(part)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from megazero.config.layout import padded_vocab_size
 from megazero.config.schema import TransformerConfig
-from megazero.plan.flops import flops_per_token, padded_vocab_size, parameter_count
+from megazero.plan.flops import flops_per_token, parameter_count
 
 
 def gpt2(layers: int = 12, hidden: int = 768, heads: int = 12, **changes) -> TransformerConfig:
