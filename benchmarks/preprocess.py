@@ -96,10 +96,10 @@ def main() -> None:
             peer.append(text / 1e6 / json.loads(answer)["seconds"])
             print(f"round {number + 1}: tools/preprocess_data.py {ours[-1]:.1f} MB/s, encode_batch {peer[-1]:.1f} MB/s")
         print(output.splitlines()[0])
+        middle, middle_peer = statistics.median(ours), statistics.median(peer)
         print(
-            f"{text / 1e6:.1f} MB of text, {args.workers} workers: best {max(ours):.1f}, median "
-            f"{statistics.median(ours):.1f} MB/s; encode_batch best {max(peer):.1f}, median "
-            f"{statistics.median(peer):.1f} MB/s; ratio of medians {statistics.median(ours) / statistics.median(peer):.1f}"
+            f"{text / 1e6:.1f} MB of text, {args.workers} workers: best {max(ours):.1f}, median {middle:.1f} MB/s; "
+            f"encode_batch best {max(peer):.1f}, median {middle_peer:.1f}; ratio of medians {middle / middle_peer:.1f}"
         )
 
 

@@ -159,11 +159,12 @@ def test_output_of_ranks_is_passed_on(ranks: Ranks, capsys: pytest.CaptureFixtur
 
 
 def test_failure_shows_traceback_locals_and_output_and_frees_the_others(ranks: Ranks) -> None:
+    ranks.run(pid, 4)
     start = time.monotonic()
     with pytest.raises(RankFailure) as caught:
-        ranks.run(fail_on_rank_two, 4, timeout=60)
+        ranks.run(fail_on_rank_two, 4, timeout=120)
     text = str(caught.value)
-    assert time.monotonic() - start < 40  # not the 60 s of the collective
+    assert time.monotonic() - start < 60  # GRACE_SECONDS on a busy machine, not the limit of the call
     first, *others = text.split("========")[1::2]
     assert first.strip() == "rank 2 failed"
     assert len(others) == 3

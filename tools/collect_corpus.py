@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The embedded default corpus: the source of the running interpreter's own standard library, as JSONL.
 
-    python tools/collect_corpus.py --output data/stdlib.jsonl      one line a file: {"text": …, "path": "json/decoder.py"}
+    python tools/collect_corpus.py --output data/stdlib.jsonl   one line a file: {"text": …, "path": "json/decoder.py"}
 
 Real text that is there wherever Python is. Test suites, installed packages and generated tables are left out.
 """

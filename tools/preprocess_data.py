@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Tokenize text files into Megatron's .bin/.idx: the command line of megazero.data.preprocess.
 
-    python tools/preprocess_data.py --input 'corpus/*.jsonl.gz' --tokenizer-model tokenizer/ --output-prefix data/corpus \\
-        --workers 8 --append-eod        makes data/corpus_text_document.bin and .idx
+    python tools/preprocess_data.py --input 'corpus/*.jsonl.gz' --tokenizer-model tokenizer/ --workers 8 --append-eod \\
+        --output-prefix data/corpus     makes data/corpus_text_document.bin and .idx
 
 A killed run goes on where it stopped when the same command is given again. Flags are those of Megatron's tool.
 """

@@ -1,8 +1,6 @@
-"""This process's place in the launch, and its device: the only file that reads the environment.
+"""This process's device, and joining the others: which GPU, which backend, how fast, how many threads, how much memory.
 
-torchrun gives RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
-(https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables); a process started without a launcher is
-rank 0 of 1 and needs no process group.
+With base/launch.py the only file that reads the environment.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,60 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megazero.base.errors import ConfigError
+from megazero.base.launch import Launch
 from megazero.base.peaks import vendor_peaks
-
-
-@dataclass(frozen=True)
-class Launch:
-    """This process among those that were started together. Defaults: a plain process."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    """Position among the processes of this machine."""
-    local_world_size: int = 1
-    """Number of processes on this machine."""
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Launch:
-        """What the launcher wrote. Without RANK and WORLD_SIZE: a plain process; without LOCAL_RANK: one a machine.
-
-        Raises ConfigError when only some of the variables are set, or when they contradict each other.
-        """
-        if "RANK" not in environ and "WORLD_SIZE" not in environ:
-            return cls()
-        names = ["RANK", "WORLD_SIZE"]
-        if "LOCAL_RANK" in environ or "LOCAL_WORLD_SIZE" in environ:
-            names += ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]
-        launch = cls(*(_whole_number(environ, name, among=names) for name in names))
-        for kind, rank, size in (
-            ("", launch.rank, launch.world_size),
-            ("LOCAL_", launch.local_rank, launch.local_world_size),
-        ):
-            if not 0 <= rank < size:
-                raise ConfigError(
-                    f"{kind}RANK={rank} with {kind}WORLD_SIZE={size}: ranks count from 0 to the size - 1. "
-                    + _LAUNCH_REMEDY
-                )
-        if launch.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
-            raise ConfigError(
-                f"WORLD_SIZE={launch.world_size} without MASTER_ADDR and MASTER_PORT: ranks meet at that address. "
-                + _LAUNCH_REMEDY
-            )
-        return launch
-
-
-_LAUNCH_REMEDY = "Start with torchrun, which sets them all, or unset them to run one process."
-
-
-def _whole_number(environ: Mapping[str, str], name: str, among: list[str]) -> int:
-    text = environ.get(name)
-    if text is None:
-        raise ConfigError(f"the environment has only some of {', '.join(among)}: {name} is not set. {_LAUNCH_REMEDY}")
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{name}={text!r} in the environment is not a whole number. {_LAUNCH_REMEDY}") from None
 
 
 def device_type() -> str:

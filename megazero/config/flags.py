@@ -27,11 +27,11 @@ from megazero.config.rules import find_problems
 from megazero.config.schema import RunConfig
 
 
-def main_config(argv: Sequence[str]) -> RunConfig:
+def main_config(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
     """The configuration of a command line, for an entry point: what is wrong goes to stderr and ends the process.
 
     Checks all that can be known without the number of ranks (`validate.resolve` checks the rest and fills in what is
-    derived). Exits with status 2 on an error, 0 after --help and --print-config.
+    derived). Exits with status 2 on an error, 0 after --help and --print-config. `quiet`: another rank says it.
     """
     try:
         config = parse_run_config(argv)
@@ -39,7 +39,8 @@ def main_config(argv: Sequence[str]) -> RunConfig:
         if problems:
             raise ConfigError(*problems)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not quiet:
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return config
 

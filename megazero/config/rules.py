@@ -301,18 +301,10 @@ def _enough_samples(config: RunConfig, world: int | None) -> Iterator[str]:
         )
 
 
-@_rule("checkpoint.ckpt_step")
+@_rule("checkpoint.load")
 def _loading(config: RunConfig, world: int | None) -> Iterator[str]:
-    checkpoint = config.checkpoint
-    if checkpoint.load is not None:
-        return
-    if checkpoint.finetune:
+    if config.checkpoint.finetune and config.checkpoint.load is None:
         yield (
             f"{show(config, 'checkpoint.finetune')} takes the weights of --load, which is not given. "
             f"Give --load DIR, or --no-finetune."
-        )
-    if checkpoint.ckpt_step is not None:
-        yield (
-            f"{show(config, 'checkpoint.ckpt_step')} chooses a checkpoint of --load, which is not given. "
-            f"Give --load DIR (the run's own is {checkpoint.save}), or remove it."
         )

@@ -206,7 +206,7 @@ class CheckpointConfig:
     load: str | None = None
     """Folder to start from; it must hold a checkpoint. Derived: the run's own `save` folder if that holds one."""
     ckpt_step: int | None = None
-    """Iteration of the checkpoint to load. Derived: the latest."""
+    """Iteration of the checkpoint to resume from, in the run's own folder or `load`. Derived: the latest."""
     keep_last: int | None = None
     """Number of checkpoints to keep. Derived: all."""
     finetune: bool = False

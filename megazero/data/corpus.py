@@ -1,9 +1,10 @@
 """Text files as blocks of documents, cut into parts that can be read on their own.
 
-    .jsonl .json    one JSON object a line, the text under a key     parts: byte ranges; a line belongs to the part where
-    .jsonl.gz .zst  the same, compressed                                    it begins. Compressed: the whole file
-    .parquet        one document a row, the text in a column                ranges of row groups
-    .txt (.gz .zst) the file is one document                                the whole file
+    file              document                                      part
+    .jsonl .json      a line: a JSON object, the text under a key   a byte range: the lines that begin in it
+    .jsonl.gz .zst    the same, compressed                          the whole file
+    .parquet          a row, the text in a column                   a range of row groups
+    .txt (.gz .zst)   the file                                      the whole file
 
 What cannot be read as a document is a `Problem` with its line, never an exception.
 """
@@ -17,7 +18,9 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from megazero.base.errors import DataError
 from megazero.base.optional import require
@@ -54,15 +57,17 @@ class Problem:
 
 @dataclass
 class Block:
-    """Some documents in order: `columns[k][i]` is the text of document i under key k; `size` bytes on disk were read."""
+    """Some documents, in order."""
 
     columns: list[list[str]]
+    """columns[k][i]: the text of document i under key k."""
     problems: list[Problem]
     size: int
+    """Bytes on disk that were read."""
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Files of paths and globs (`**` too), sorted within a glob, each once. Raises DataError for what matches nothing."""
+    """Files of paths and globs (`**` too), sorted within a glob, each once. Raises DataError if there are none."""
     paths: dict[str, None] = {}
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -103,7 +108,7 @@ def plan_parts(paths: Sequence[str], keys: Sequence[str], part_bytes: int) -> li
             parts.append(Part(path, 0, 1, size))
         else:
             edges = [*range(0, size, part_bytes), size] if size else []
-            parts += [Part(path, a, b, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+            parts += [Part(path, a, b, b - a) for a, b in pairwise(edges)]
     return parts
 
 
@@ -255,9 +260,8 @@ def _parquet_parts(path: str, keys: Sequence[str], part_bytes: int) -> list[Part
     meta, schema = _open_parquet(path).metadata, _open_parquet(path).schema_arrow
     for key in keys:
         if key not in schema.names or not any(name in str(schema.field(key).type) for name in ("string", "utf8")):
-            raise DataError(
-                f"{path} has no column of text named {key!r}; its columns are {dict(zip(schema.names, map(str, schema.types), strict=True))}. Set --json-keys."
-            )
+            columns = dict(zip(schema.names, map(str, schema.types), strict=True))
+            raise DataError(f"{path} has no column of text named {key!r}; its columns are {columns}. Set --json-keys.")
     disk, rows = os.path.getsize(path), max(meta.num_rows, 1)
     parts, begin, held = [], 0, 0
     for group in range(meta.num_row_groups):
@@ -286,7 +290,7 @@ def _read_parquet(part: Part, keys: Sequence[str]) -> Iterator[Block]:
         yield block
 
 
-def _open_parquet(path: str):
+def _open_parquet(path: str) -> Any:
     parquet = require("pyarrow.parquet", "pyarrow", "to read .parquet files")
     try:
         return parquet.ParquetFile(path)

@@ -12,6 +12,8 @@ megatron/core/datasets/gpt_dataset.py (whose order changes when a run is made lo
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,14 +44,14 @@ class TokenFile:
             )
         self.fingerprint = self._read_fingerprint()
 
-    def read(self, sequence: int, offset: int, length: int) -> NDArray:
-        """Tokens of a sequence, all within the vocabulary. Every token passes here on its way to the model."""
-        tokens = self.data.get(sequence, offset, length)
-        self._check_ids(tokens, f"sequence {sequence}")
+    def read(self, spans: Sequence[tuple[int, int, int]]) -> NDArray:
+        """Tokens of (sequence, first token, count) spans, joined. All that a model sees is read and checked here."""
+        tokens = np.concatenate([self.data.get(*span) for span in spans])
+        self._check_ids(tokens, f"in sequences {', '.join(str(span[0]) for span in spans[:8])}")
         return tokens
 
     def _read_fingerprint(self) -> str:
-        """A hash of the whole .idx, the .bin's size and blocks of it; the ids in those blocks are checked on the way."""
+        """A hash of the whole .idx, the .bin's size and blocks of it; the ids in the blocks are checked on the way."""
         digest = hashlib.blake2b(digest_size=16)
         with idx_path(self.data.prefix).open("rb") as file:
             while block := file.read(1 << 24):
@@ -64,7 +66,7 @@ class TokenFile:
                 file.seek(start)
                 block = file.read(_BLOCK)
                 digest.update(block)
-                self._check_ids(np.frombuffer(block, self.data.dtype), f"byte {start} and after")
+                self._check_ids(np.frombuffer(block, self.data.dtype), f"at byte {start} or after")
         return digest.hexdigest()
 
     def _check_ids(self, tokens: NDArray, where: str) -> None:
@@ -98,7 +100,7 @@ def split_bounds(split: str, count: int) -> list[tuple[int, int]]:
     shares += [0.0] * (3 - len(shares))
     total = sum(shares)
     edges = [round(sum(shares[:i]) / total * count) for i in range(4)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 class GPTDataset:
@@ -144,7 +146,7 @@ class GPTDataset:
         arrays = self._epoch(epoch)
         documents = arrays["documents"]
         position, offset = (int(x) for x in arrays["starts"][place])
-        pieces: list[NDArray] = []
+        spans: list[tuple[int, int, int]] = []
         begins: list[int] = []
         missing = self.seq_length + 1
         while missing:
@@ -152,10 +154,10 @@ class GPTDataset:
             length = min(int(self.file.data.lengths[sequence]) - offset, missing)
             if length and offset == 0:
                 begins.append(self.seq_length + 1 - missing)
-            pieces.append(self.file.read(sequence, offset, length))
+            spans.append((sequence, offset, length))
             missing -= length
             position, offset = position + 1, 0
-        return make_sample(np.concatenate(pieces), np.asarray(begins, np.int64), self.options)
+        return make_sample(self.file.read(spans), np.asarray(begins, np.int64), self.options)
 
     def _epoch(self, epoch: int) -> Arrays:
         """The epoch's index; the last two used stay open (a blend and the end of an epoch need no more)."""
@@ -184,7 +186,7 @@ def build_epoch(lengths: NDArray, first: int, seq_length: int, seed: int, epoch:
     """One epoch's index.
 
     documents int64 [len(lengths)]: sequence numbers (from `first`) in the epoch's order.
-    starts int64 [n, 2]: for each sample, in the order they are taken, where it begins: place in `documents`, token there.
+    starts int64 [n, 2]: where each sample begins (place in `documents`, token there), in the order they are taken.
     """
     order = permutation(len(lengths), seed, epoch, _DOCUMENTS)
     ends = np.cumsum(lengths[order], dtype=np.int64)
@@ -199,7 +201,7 @@ def build_epoch(lengths: NDArray, first: int, seq_length: int, seed: int, epoch:
 def permutation(count: int, seed: int, epoch: int, use: int) -> NDArray[np.int64]:
     """An order of `count` things that depends on (seed, epoch, use) only.
 
-    The stable sort of raw PCG64 draws: numpy promises those bits for ever, and does not promise `Generator.permutation`.
+    The stable sort of raw PCG64 draws: numpy promises those bits for ever, but not `Generator.permutation`.
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, use]))
     return np.argsort(bits.random_raw(count), kind="stable")

@@ -9,6 +9,7 @@ A folder that cannot be written costs memory, not the run: each rank then keeps 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -21,11 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megazero.base.log import Log
-
-try:
-    import fcntl
-except ImportError:  # not POSIX: entries are still whole or absent, ranks may just build one twice
-    fcntl = None  # type: ignore[assignment]
 
 Arrays = dict[str, NDArray]
 
@@ -104,7 +100,6 @@ def _rename(source: Path, target: Path) -> None:
 def _turn(path: Path) -> Iterator[None]:
     """Hold a file lock, which the system drops when its holder dies."""
     with path.open("a") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

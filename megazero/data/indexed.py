@@ -2,7 +2,7 @@
 
     .bin   tokens of all sequences back to back, little-endian, no header
     .idx   "MMIDIDX\\0\\0" | version <Q 1 | dtype code <B | N <Q | D <Q | lengths int32[N] | byte offsets int64[N]
-           | document indices int64[D]: 0, then the end (exclusive sequence index) of each document, so D = documents + 1
+           | document indices int64[D]: 0, then the end (exclusive sequence index) of each document: D = documents + 1
 
 Source: megatron/core/datasets/indexed_dataset.py of Megatron-LM; either program reads the other's files.
 """

@@ -4,8 +4,9 @@
                                                  rank    0     1     0     1
                                                  micro-step  0           1
 
-Each micro-step takes the next mbs · dp samples, rank r the r-th mbs of them, as Megatron does: which samples a step sees
-never depends on the layout. A position is one number, the samples consumed. The next step is read while this one trains.
+Each micro-step takes the next mbs · dp samples, rank r the r-th mbs of them, as Megatron does: which samples a step
+sees never depends on the layout. A position is one number, the samples consumed. The next step is read while this one
+trains.
 Source: megatron/training/datasets/data_samplers.py.
 """
 

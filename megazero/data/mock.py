@@ -63,4 +63,4 @@ class MockDataset:
         """Uniform numbers in [0, 1), [3, S + 1], from raw bits: numpy promises those for ever."""
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.part, index]))
         raw = bits.random_raw(3 * (self.seq_length + 1)) >> np.uint64(11)
-        return (raw * 2.0**-53).reshape(3, -1)
+        return (raw.astype(np.float64) * 2.0**-53).reshape(3, -1)

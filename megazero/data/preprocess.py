@@ -8,6 +8,7 @@ The parts depend on the inputs alone, so the output is the same for any number o
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +30,6 @@ from megazero.data.encoder import Encoder, choose_encoder
 from megazero.data.indexed import IndexedWriter, merge, optimal_dtype
 from megazero.data.tokenizer import Tokenizer
 from megazero.data.workers import run_tasks
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
 
 SMALLEST_PART, LARGEST_PART = 2 << 20, 32 << 20
 SAMPLE_PARTS, SAMPLE_BYTES = 8, 32 << 10
@@ -168,13 +165,11 @@ def _check(job: Job, tokenizer: Tokenizer) -> None:
         )
     if len(set(job.keys)) != len(job.keys) or not job.keys:
         problems.append(f"--json-keys {' '.join(job.keys)}: give each key once.")
-    if fcntl is None:
-        problems.append("this system cannot fork processes or lock files. Use Linux or macOS.")
     if problems:
         raise ConfigError(*problems)
 
 
-def _plan(job: Job, tokenizer: Tokenizer, paths: Sequence[str], parts: Sequence[Part]) -> dict:
+def _plan(job: Job, tokenizer: Tokenizer, paths: Sequence[str], parts: Sequence[Part]) -> dict[str, Any]:
     """All that the parts' content depends on."""
     stats = [(path, os.stat(path)) for path in paths]
     return {
@@ -187,7 +182,7 @@ def _plan(job: Job, tokenizer: Tokenizer, paths: Sequence[str], parts: Sequence[
     }
 
 
-def _open_plan(folder: Path, plan: dict, listener: Listener) -> None:
+def _open_plan(folder: Path, plan: dict[str, Any], listener: Listener) -> None:
     """Make the work folder this plan's: what an earlier run left for another plan is removed."""
     path = folder / "plan.json"
     if path.exists() and _read_json(path) == plan:
@@ -282,11 +277,11 @@ def _read_counts(folder: Path, index: int) -> Counts | None:
     return Counts(**_read_json(path)) if path.exists() else None
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value), "utf-8")
     os.replace(temporary, path)

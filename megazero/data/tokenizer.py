@@ -173,7 +173,8 @@ def build_tokenizer(data: DataConfig, vocab_size: int | None) -> Tokenizer:
     if kind == "NullTokenizer":
         if not vocab_size or vocab_size < 1:
             raise DataError(
-                f"NullTokenizer has no vocabulary of its own and --vocab-size is {vocab_size}. Set --vocab-size, or --tokenizer-model."
+                f"NullTokenizer has no vocabulary of its own and --vocab-size is {vocab_size}. Set --vocab-size, or "
+                "--tokenizer-model."
             )
         return NullTokenizer(vocab_size)
     if data.tokenizer_model is None:

@@ -1,4 +1,4 @@
-"""A pool of forked processes that ends as it should: a failed or killed worker fails the run, and no worker outlives it.
+"""A pool of forked processes that ends as it should: a failed worker fails the run, and no worker outlives the run.
 
 Workers inherit the function by fork (nothing of it is sent), get task numbers over a pipe and answer with progress and
 results. When the parent dies its pipes close, and each worker ends at its next read or write.
@@ -82,7 +82,7 @@ def _serve(function: Function[Any], connection: Connection, not_ours: Sequence[C
                 result = function(task, lambda count: connection.send(("advance", count)))
             except (ConfigError, DataError) as error:
                 connection.send(("error", error))
-            except Exception:
+            except Exception:  # noqa: BLE001 - raised again in the parent
                 connection.send(("crash", traceback.format_exc()))
             else:
                 connection.send(("result", (task, result)))

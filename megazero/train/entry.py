@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megazero.base.device import Launch
 from megazero.base.errors import CheckpointError, ConfigError, DataError, MegazeroError
+from megazero.base.launch import Launch
 from megazero.config.schema import RunConfig
 from megazero.parallel.liveness import missing_ranks
 

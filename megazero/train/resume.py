@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megazero.base.errors import ConfigError
+from megazero.base.errors import CheckpointError, ConfigError
 from megazero.config.recipe import to_yaml
 from megazero.engine.checkpoint import latest_iteration, load, read_state, retain
 from megazero.engine.checkpoint import save as save_checkpoint
@@ -48,9 +48,13 @@ def resume_or_start(run: Run) -> tuple[Progress, LearningRate]:
     assert config.checkpoint.save is not None and config.training.train_iters is not None
     own = latest_iteration(config.checkpoint.save) is not None
     source = config.checkpoint.save if own else config.checkpoint.load
-    if source is None:
-        return Progress(), rate
     step = config.checkpoint.ckpt_step
+    if source is None:
+        if step is not None:
+            raise CheckpointError(
+                f"--ckpt-step {step}: {config.checkpoint.save} has no checkpoint yet. Leave it out, or give --load DIR."
+            )
+        return Progress(), rate
     state = read_state(source, step)
     if config.checkpoint.finetune and not own:
         run.log.main(f"taking the weights of {source}, iteration {state['progress']['iteration']}")

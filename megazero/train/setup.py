@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from megazero.base.device import (
-    Launch,
     cpu_threads_for,
     default_backend,
     device_for,
@@ -20,6 +19,7 @@ from megazero.base.device import (
     initialize_distributed,
     shutdown_distributed,
 )
+from megazero.base.launch import Launch
 from megazero.base.log import Log
 from megazero.config.layers import Setting, with_settings
 from megazero.config.schema import RunConfig

@@ -28,7 +28,8 @@ class Zero:
 
     Args:
         model: parameters may be on meta (with a `shard_spec`) or real; afterwards they are views of flat buffers.
-        initial: gives a parameter's fp32 values, local shape, when it is taken.
+        initial: gives the fp32 values, local shape, of a parameter that is on meta. Real ones keep theirs, which are to
+            be equal on all ranks of the ZeRO group.
         units: names of the modules that no bucket crosses (blocks).
         wire_dtype: type in which gradients travel; None is fp32.
     """
@@ -51,11 +52,15 @@ class Zero:
         self.topology, self.group = topology, topology.group("zero")
         self.lifetimes = STAGES[stage]
         self.overlap_reduce, self.overlap_gather, self.wire_dtype = overlap_reduce, overlap_gather, wire_dtype
-        _leave_meta(model, device)
+        empty = _leave_meta(model, device)
         sharded = self.lifetimes.optimizer_sharded
         self.buckets = make_buckets(model, units, self.group, sharded=sharded, limit=bucket_elements)
         for bucket in self.buckets:
-            bucket.allocate(dtype, device, initial)
+            bucket.allocate(
+                dtype,
+                device,
+                lambda place: initial(place) if place.parameter in empty else place.parameter.detach().float(),
+            )
         self._home: dict[nn.Parameter, tuple[int, Placed]] = {
             place.parameter: (index, place) for index, bucket in enumerate(self.buckets) for place in bucket.placed
         }
@@ -67,7 +72,7 @@ class Zero:
         for parameter in self._home:
             parameter.register_post_accumulate_grad_hook(self.gradient_ready)
         if overlap_gather and sharded and self.group.size > 1:
-            self._wait_before_use(model)
+            self._wait_before_use(model, units)
 
     # gradients
 
@@ -109,6 +114,7 @@ class Zero:
     @torch.no_grad()
     def finish_reduction(self) -> None:
         """Reduce what is left and wait. Afterwards each bucket's `owned` part of `grads` is the sum over all ranks."""
+        self.wait_parameters()  # those that no forward has used may still be on their way, and the step will change them
         while self._next < len(self.buckets):
             self._reduce_next()
         gathers = []
@@ -146,9 +152,11 @@ class Zero:
             if pending is not None:
                 pending.wait()
 
-    def _wait_before_use(self, model: nn.Module) -> None:
-        for module in model.modules():
-            indices = {self._home[p][0] for p in module.parameters(recurse=False) if p in self._home}
+    def _wait_before_use(self, model: nn.Module, units: list[str]) -> None:
+        # A unit may read the parameters of modules inside it without calling these, as nn.MultiheadAttention does.
+        at_once = set(units or [""])
+        for name, module in model.named_modules():
+            indices = {self._home[p][0] for p in module.parameters(recurse=name in at_once) if p in self._home}
             if indices:
                 module.register_forward_pre_hook(partial(_wait_hook, self, sorted(indices)))
 
@@ -221,8 +229,8 @@ def _wait_hook(zero: Zero, indices: list[int], module: nn.Module, args: object) 
     zero.wait_parameters(indices)
 
 
-def _leave_meta(model: nn.Module, device: torch.device) -> None:
-    """Give parameters that are on meta an empty tensor on `device` to be rebound; ties and attributes stay."""
+def _leave_meta(model: nn.Module, device: torch.device) -> set[nn.Parameter]:
+    """Give parameters that are on meta an empty tensor on `device` to be rebound, and return these; ties stay."""
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
@@ -233,3 +241,4 @@ def _leave_meta(model: nn.Module, device: torch.device) -> None:
                 new.shard_spec = spec_of(name, old)  # type: ignore[attr-defined]
                 replaced[old] = new
             module._parameters[name] = replaced[old]
+    return set(replaced.values())

@@ -29,7 +29,8 @@ WORDS = [
 def text(number: int, lines: int = 8) -> str:
     """Code-like text, different for each number."""
     return "".join(
-        f"def {WORDS[(number + i) % 11]}_{number % 97}(x):\n    return {WORDS[(number * 3 + i) % 12]}[{number * 7 + i}]\n"
+        f"def {WORDS[(number + i) % 11]}_{number % 97}(x):\n"
+        f"    return {WORDS[(number * 3 + i) % 12]}[{number * 7 + i}]\n"
         for i in range(lines)
     )
 

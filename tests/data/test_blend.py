@@ -69,7 +69,7 @@ def test_large_weights_are_rounded_to_the_largest_period(weights):
 
 
 def test_a_share_too_small():
-    with pytest.raises(ConfigError, match="source 2 of the blend has a share of 1.0e-07; the least is one in 1000000"):
+    with pytest.raises(ConfigError, match=r"source 2 of the blend has a share of 1.0e-07; the least is one in 1000000"):
         whole_shares([Fraction(1), Fraction("1e-7")])
 
 

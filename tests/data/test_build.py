@@ -61,7 +61,7 @@ def test_parts_of_no_samples_are_not_built(tmp_path, prefixes):
     found = build(config(tmp_path, prefixes[0], split="1"), valid=0, test=0)
     assert (found.valid, found.test) == (None, None)
     assert found.train is not None
-    with pytest.raises(DataError, match="the validation part of .* it has 0 tokens"):
+    with pytest.raises(DataError, match=r"the validation part of .* it has 0 tokens"):
         build(config(tmp_path, prefixes[0], split="1"))
 
 
@@ -109,16 +109,16 @@ def test_options_reach_the_samples(tmp_path, prefixes):
 
 
 def test_errors(tmp_path, prefixes):
-    with pytest.raises(DataError, match="no.idx does not exist"):
+    with pytest.raises(DataError, match=r"no.idx does not exist"):
         build(config(tmp_path, "no"))
-    with pytest.raises(ConfigError, match="--data-path is empty"):
+    with pytest.raises(ConfigError, match=r"--data-path is empty"):
         build(config(tmp_path))
     nameless = replace(config(tmp_path, prefixes[0]), model=TransformerConfig())
-    with pytest.raises(ConfigError, match="vocabulary's size is not known"):
+    with pytest.raises(ConfigError, match=r"vocabulary's size is not known"):
         build(nameless)
-    with pytest.raises(DataError, match="token id 99 .*vocabulary of 99"):
+    with pytest.raises(DataError, match=r"token id 99 .*vocabulary of 99"):
         build(nameless, NullTokenizer(99))
-    with pytest.raises(ConfigError, match="--eod-mask-loss needs a tokenizer"):
+    with pytest.raises(ConfigError, match=r"--eod-mask-loss needs a tokenizer"):
         build(config(tmp_path, prefixes[0], eod_mask_loss=True))
 
 

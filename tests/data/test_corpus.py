@@ -20,11 +20,12 @@ LINES = "".join(json.dumps({"text": t, "n": i}) + "\n" for i, t in enumerate(TEX
 
 
 def read(path, keys=("text",), part_bytes=1 << 20, block=1 << 20):
-    """(texts, problems) of a file, and that its parts and blocks account for all its bytes."""
+    """(the texts of each document, problems) of a file."""
     parts = plan_parts([str(path)], keys, part_bytes)
     blocks = [found for part in parts for found in read_part(part, keys, block)]
     problems = [str(problem) for found in blocks for problem in found.problems]
-    return [list(texts) for texts in zip(*(sum((b.columns[k] for b in blocks), []) for k in range(len(keys))))], problems
+    columns = [[text for found in blocks for text in found.columns[k]] for k in range(len(keys))]
+    return [list(texts) for texts in zip(*columns, strict=True)], problems
 
 
 def texts_of(path, **how):
@@ -68,7 +69,10 @@ def test_text_files_are_one_document(tmp_path):
     assert texts_of(write(tmp_path / "a.txt", data)) == ["a\nb ü\n"]
     assert texts_of(write(tmp_path / "a.txt.gz", gzip.compress(data))) == ["a\nb ü\n"]
     found, problems = read(write(tmp_path / "bad.txt", b"a\nb\n\xff\n"))
-    assert (found, problems) == ([], [f"{tmp_path}/bad.txt:3: not valid UTF-8: invalid start byte; the file is skipped"])
+    assert (found, problems) == (
+        [],
+        [f"{tmp_path}/bad.txt:3: not valid UTF-8: invalid start byte; the file is skipped"],
+    )
 
 
 @pytest.mark.parametrize("part_bytes", [1, 10**9])
@@ -141,5 +145,5 @@ def test_damaged_files(tmp_path):
     for key in ("n", "text"):
         with pytest.raises(DataError, match=f"has no column of text named '{key}'; its columns are .*n.*int64"):
             read(tmp_path / "n.parquet", keys=(key,))
-    with pytest.raises(DataError, match="has no keys, but --json-keys names 2: a b"):
+    with pytest.raises(DataError, match=r"has no keys, but --json-keys names 2: a b"):
         read(write(tmp_path / "a.txt", b"x"), keys=("a", "b"))

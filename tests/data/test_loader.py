@@ -101,7 +101,7 @@ def test_an_error_in_reading_reaches_the_loop():
 
     it = batches(data=Broken())
     next(it)
-    with pytest.raises(DataError, match="sample 12 is bad"):
+    with pytest.raises(DataError, match=r"sample 12 is bad"):
         next(it)
 
 

@@ -161,7 +161,7 @@ def test_other_settings_start_over(tmp_path, bpe, corpus, small_parts):
 
 def test_killed_run_goes_on(tmp_path, bpe):
     """kill -9 in mid-run: no output, no worker left behind; the same command again gives what one run would have."""
-    source = write_jsonl(tmp_path / "in.jsonl", [text(i, 200) for i in range(700)])
+    source = write_jsonl(tmp_path / "in.jsonl", [text(i, 200) for i in range(400)])
     arguments = ["--input", source, "--tokenizer-model", bpe, "--workers", 2, "--no-gigatoken", "--output-prefix"]
     command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, arguments), str(tmp_path / "out")]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -241,13 +241,12 @@ def test_unwritable_and_busy_outputs(tmp_path, bpe, corpus):
     with pytest.raises(DataError, match=r"cannot write .*file/out.parts"):
         preprocess(Job((str(corpus),), str(tmp_path / "file/out")), tokenizer_of(bpe), Listener())
     (tmp_path / "out.parts").mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.lockf(f,fcntl.LOCK_EX); print(flush=True); input()",
-         str(tmp_path / "out.parts" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+    script = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", script, str(tmp_path / "out.parts" / ".lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None
     holder.stdout.readline()
-    with pytest.raises(DataError, match="another process is writing .*out.parts"):
+    with pytest.raises(DataError, match=r"another process is writing .*out.parts"):
         preprocess(Job((str(corpus),), str(tmp_path / "out")), tokenizer_of(bpe), Listener())
     holder.communicate(b"\n")
 
@@ -260,7 +259,8 @@ def test_encoder_that_differs_is_not_used(bpe, sentencepiece, monkeypatch):
     other = gigatoken.Tokenizer.from_sentencepiece(sentencepiece / "tokenizer.model")
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda _: other)
     encoder, why = choose_encoder(tokenizer, ["x"], True)
-    assert (encoder.name, why) == ("HuggingFaceTokenizer", "tokenizing with HuggingFaceTokenizer: gigatoken gives other ids for ' '")
+    assert encoder.name == "HuggingFaceTokenizer"
+    assert why == "tokenizing with HuggingFaceTokenizer: gigatoken gives other ids for ' '"
     assert encoder.encode([])[0].size == 0
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda _: 1 / 0)
     assert "does not support this tokenizer (division by zero)" in choose_encoder(tokenizer, ["x"], True)[1]

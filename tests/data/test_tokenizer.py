@@ -81,9 +81,9 @@ def test_null():
     assert tokenizer.encode(" 1 2  9\n") == [1, 2, 9]
     assert tokenizer.encode_batch(["1", ""]) == [[1], []]
     assert tokenizer.decode([1, 2]) == "1 2"
-    with pytest.raises(DataError, match="reads numbers between spaces"):
+    with pytest.raises(DataError, match=r"reads numbers between spaces"):
         tokenizer.encode("one")
-    with pytest.raises(DataError, match="token ids 1 to 10 are outside 0 to 9"):
+    with pytest.raises(DataError, match=r"token ids 1 to 10 are outside 0 to 9"):
         tokenizer.encode("1 10")
 
 
@@ -115,13 +115,13 @@ def test_files_that_are_none(tmp_path, kind, files, message):
 
 
 def test_settings_that_are_missing(bpe, tmp_path):
-    with pytest.raises(DataError, match="GPT2BPETokenizer needs --tokenizer-model"):
+    with pytest.raises(DataError, match=r"GPT2BPETokenizer needs --tokenizer-model"):
         build("GPT2BPETokenizer", None)
-    with pytest.raises(DataError, match="--vocab-size is None"):
+    with pytest.raises(DataError, match=r"--vocab-size is None"):
         build("NullTokenizer", None)
     shutil.copytree(bpe, tmp_path / "t")
     (tmp_path / "t" / "tokenizer_config.json").write_text("[")
-    with pytest.raises(DataError, match="tokenizer_config.json is not JSON"):
+    with pytest.raises(DataError, match=r"tokenizer_config.json is not JSON"):
         build(None, tmp_path / "t")
 
 
