@@ -246,13 +246,18 @@ def _due(iteration: int, interval: int | None) -> bool:
 
 @contextmanager
 def _stop_signals() -> Iterator[Stop]:
-    """SIGTERM and SIGINT ask for a clean stop after the present step; a second one stops at once."""
-    stop = Stop()
+    """SIGTERM and SIGINT ask for a clean stop after the present step; a SIGINT some seconds later stops at once.
+
+    Not a second one right away: Ctrl-C under a launcher reaches a rank twice, from the terminal and from the launcher.
+    """
+    stop, asked = Stop(), 0.0
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.reason is not None:
+        nonlocal asked
+        if stop.reason is None:
+            stop.reason, asked = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - asked > 5.0:
             raise KeyboardInterrupt
-        stop.reason = signal.Signals(number).name
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

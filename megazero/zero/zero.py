@@ -114,7 +114,7 @@ class Zero:
     @torch.no_grad()
     def finish_reduction(self) -> None:
         """Reduce what is left and wait. Afterwards each bucket's `owned` part of `grads` is the sum over all ranks."""
-        self.wait_parameters()  # those that no forward has used may still be on their way, and the step will change them
+        self.wait_parameters()  # what no forward has used may still be on its way, and the step will change it
         while self._next < len(self.buckets):
             self._reduce_next()
         gathers = []
@@ -156,6 +156,8 @@ class Zero:
         # A unit may read the parameters of modules inside it without calling these, as nn.MultiheadAttention does.
         at_once = set(units or [""])
         for name, module in model.named_modules():
+            if any(name.startswith(f"{unit}.") for unit in units):
+                continue  # the unit has waited
             indices = {self._home[p][0] for p in module.parameters(recurse=name in at_once) if p in self._home}
             if indices:
                 module.register_forward_pre_hook(partial(_wait_hook, self, sorted(indices)))
@@ -225,6 +227,7 @@ class Zero:
         return [(bucket, bucket.owned[0], bucket.master) for bucket in self.buckets]
 
 
+@torch.compiler.disable  # a compiled unit starts with this, and compiles what follows
 def _wait_hook(zero: Zero, indices: list[int], module: nn.Module, args: object) -> None:
     zero.wait_parameters(indices)
 
