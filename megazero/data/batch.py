@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,8 +31,14 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on a device."""
-        tensors = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a copy to a GPU overlaps with its work."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
 
 
 def stack(samples: Sequence[Sample], places: Sequence[int]) -> Batch:

@@ -35,8 +35,9 @@ class GlobalBatches(Iterator[list[Batch]]):
         dp_rank: int,
         dp_size: int,
         consumed_samples: int = 0,
+        pin_memory: bool = False,
     ) -> None:
-        """Raises ConfigError unless global_batch_size is a multiple of micro_batch_size · dp_size."""
+        """`pin_memory`: read into page-locked memory, for GPUs. Raises ConfigError unless global_batch_size is a multiple of micro_batch_size · dp_size."""
         self.dataset = dataset
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
@@ -47,6 +48,7 @@ class GlobalBatches(Iterator[list[Batch]]):
                 f"global batch of {global_batch_size} samples is not a multiple of micro-batch-size · data-parallel "
                 f"size = {micro_batch_size} · {dp_size}. Change one of them."
             )
+        self.pin_memory = pin_memory
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: Future[list[Batch]] | None = None
 
@@ -72,5 +74,6 @@ class GlobalBatches(Iterator[list[Batch]]):
         for step in range(self.global_batch_size // stride):
             begin = step * stride + self.dp_rank * self.micro_batch_size
             places = range(begin, begin + self.micro_batch_size)
-            batches.append(stack([self.dataset[first + place] for place in places], places))
+            batch = stack([self.dataset[first + place] for place in places], places)
+            batches.append(batch.pin_memory() if self.pin_memory else batch)
         return batches

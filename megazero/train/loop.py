@@ -179,6 +179,7 @@ class Loop:
             dp_rank=dp.rank,
             dp_size=dp.size,
             consumed_samples=consumed,
+            pin_memory=self.run.device.type == "cuda",
         )
 
     def _validate(self) -> None:

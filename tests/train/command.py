@@ -57,8 +57,7 @@ def train_argv(argv: list[str]) -> int:
         try:
             return run(pretrain, main_config(argv))
         except SystemExit as leaving:
-            assert isinstance(leaving.code, int)
-            return leaving.code
+            return int(leaving.code or 0)
 
 
 def train_on_rank(*argvs: list[str]) -> tuple[list[int], str]:
@@ -133,22 +132,21 @@ class Launched:
             assert time.monotonic() < end, f"not yet after {seconds} s:\n{self.said}"
             time.sleep(0.01)
 
-    def rank_pid(self, rank: int) -> int:
-        """The process id of one of torchrun's ranks."""
-        for folder in Path("/proc").iterdir():
+    def ranks(self) -> dict[int, int]:
+        """The process id of each of torchrun's ranks."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # a process that has ended, or is not ours
-                if folder.name.isdigit() and _parent(folder) == self.process.pid:
-                    if f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                        return int(folder.name)
-        raise AssertionError(f"no rank {rank}:\n{self.said}")
+                rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", (folder / "environ").read_bytes())
+                if rank and _parent(folder) == self.process.pid:
+                    found[int(rank[1])] = int(folder.name)
+        return found
 
     def end(self) -> None:
         """Kill whatever is left, the ranks (each in a session of its own) first."""
         if self.process.poll() is None:
-            for folder in Path("/proc").iterdir():
-                with contextlib.suppress(OSError):
-                    if folder.name.isdigit() and _parent(folder) == self.process.pid:
-                        os.kill(int(folder.name), signal.SIGKILL)
+            for process in self.ranks().values():
+                os.kill(process, signal.SIGKILL)
             self.process.kill()
         self.process.wait()
 
