@@ -1,41 +1,118 @@
-"""The entry point on one GPU: fp32 gives the CPU's losses, bf16 stays near them, with and without torch.compile."""
+"""What only a GPU can show: ops and a training step on CUDA against the CPU, bf16, a checkpoint from one to the other.
+
+Run by `make gpu-check`; everything else is the same code and is tested on the CPU.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = 5
+from megazero.config.schema import RunConfig
+from megazero.engine.checkpoint import load, save
+from megazero.engine.engine import Engine
+from megazero.models.gpt import GPT, Inputs
+from megazero.ops.activation import swiglu, swiglu_reference
+from megazero.ops.attention import attention, attention_reference, document_mask
+from megazero.ops.dropout import Randomness, dropout
+from megazero.ops.norm import rms_norm, rms_norm_reference
+from megazero.ops.rope import apply_rope, apply_rope_reference, rope_frequencies, rope_table
+from megazero.parallel.topology import Topology
+from tests.parity.measure import BATCH, Layout, configure, global_batch, loss_sum
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
 
 
-def losses(folder: Path, *flags: str, hide_gpu: bool = False) -> list[float]:
-    """The loss of each step of a run of recipes/debug_cpu.yaml in one process."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT)) | ({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})
-    command = [sys.executable, "pretrain_gpt.py", "--recipe", "recipes/debug_cpu.yaml", "--output-dir", str(folder)]
-    command += ["--train-iters", str(STEPS), *flags]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["lm_loss"] for line in lines if "lm_loss" in line]
+def normal(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator).to(CUDA).requires_grad_()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("flags", "tolerance"),
-    [
-        (["--precision", "fp32"], 1e-4),
-        (["--precision", "bf16"], 2e-2),
-        (["--precision", "bf16", "--compile"], 2e-2),
-    ],
-    ids=["fp32", "bf16", "bf16-compiled"],
-)
-def test_losses_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, flags: list[str], tolerance: float) -> None:
-    wanted = losses(tmp_path / "cpu", "--precision", "fp32", hide_gpu=True)
-    assert len(wanted) == STEPS
-    assert losses(tmp_path / "gpu", *flags) == pytest.approx(wanted, rel=tolerance)
+OPS: dict[str, tuple[Any, Any, tuple[tuple[int, ...], ...]]] = {
+    "rms_norm": (
+        lambda x, w: rms_norm(x, w, 1e-5),
+        lambda x, w: rms_norm_reference(x, w, 1e-5),
+        ((4, 8, 64), (64,)),
+    ),
+    "swiglu": (swiglu, swiglu_reference, ((4, 64), (4, 64))),
+    "attention": (attention, attention_reference, ((2, 16, 4, 32), (2, 16, 2, 32), (2, 16, 2, 32))),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_equals_its_reference(op: str) -> None:
+    ours, reference, shapes = OPS[op]
+    inputs = [normal(*shape) for shape in shapes]
+    found, wanted = ours(*inputs), reference(*inputs)
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+    weight = torch.linspace(-1, 1, found.numel(), device=CUDA).view_as(found)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, weight), torch.autograd.grad(wanted, inputs, weight), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-3)
+
+
+def test_rope_and_document_mask() -> None:
+    x = normal(2, 16, 4, 32)
+    table = rope_table(torch.arange(16, device=CUDA).unsqueeze(0), rope_frequencies(32, 1e4).to(CUDA))
+    torch.testing.assert_close(apply_rope(x, table), apply_rope_reference(x, table))
+    documents = torch.tensor([[0] * 6 + [1] * 10, [0] * 16], device=CUDA)
+    q, k, v = normal(2, 16, 4, 32), normal(2, 16, 2, 32), normal(2, 16, 2, 32)
+    mask = document_mask(documents)
+    torch.testing.assert_close(attention(q, k, v, mask), attention_reference(q, k, v, mask), rtol=2e-3, atol=2e-3)
+
+
+def test_dropout_drops_the_same_elements_as_on_the_cpu() -> None:
+    rows, columns = torch.arange(64).view(-1, 1), torch.arange(128).view(1, -1)
+    x = torch.ones(64, 128)
+    assert torch.equal(dropout(x.to(CUDA), 0.3, 7, [rows, columns]).cpu(), dropout(x, 0.3, 7, [rows, columns]))
+
+
+def test_training_equals_the_cpu_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    here, there = train(CUDA, "fp32"), train(torch.device("cpu"), "fp32")
+    assert here == pytest.approx(there, rel=1e-4)
+
+
+def test_bf16_learns_and_keeps_fp32_masters() -> None:
+    losses = train(CUDA, "bf16")
+    assert losses[-1] < losses[0]
+    assert losses == pytest.approx(train(CUDA, "fp32"), rel=2e-2)
+
+
+def test_checkpoint_from_gpu_to_cpu(tmp_path: Path) -> None:
+    engine = build(CUDA, "bf16")
+    step(engine, 0)
+    save(tmp_path, 1, engine.pieces(for_save=True), {"states": engine.optimizer.state_keys()}, "", world(engine))
+    other = build(torch.device("cpu"), "fp32")
+    other.optimizer.prepare(engine.optimizer.state_keys(), engine.optimizer.scalars())
+    load(tmp_path, None, other.pieces(for_save=False), world(other))
+    for a, b in zip(engine.zero.buckets, other.zero.buckets, strict=True):
+        assert torch.equal(a.master.cpu(), b.master)
+
+
+def world(engine: Engine) -> Any:
+    return engine.topology.group("world")
+
+
+def build(device: torch.device, precision: str) -> Engine:
+    config: RunConfig = configure(Layout(), 1, {"training.precision": precision})
+    topology = Topology.single()
+    return Engine(GPT(config.model, topology), topology, config, device, ["model.layers.0", "model.layers.1"])
+
+
+def step(engine: Engine, number: int) -> float:
+    batch = global_batch(number % 2)
+    inputs = Inputs(batch["tokens"].to(engine.device), Randomness(1, number, torch.arange(BATCH)))
+    micro_batch = (inputs, batch["labels"].to(engine.device), batch["mask"].to(engine.device))
+    return engine.train_step([micro_batch], loss_sum, float(batch["mask"].sum()), lr=1e-3).loss
+
+
+def train(device: torch.device, precision: str) -> list[float]:
+    engine = build(device, precision)
+    return [step(engine, number) for number in range(6)]

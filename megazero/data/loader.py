@@ -37,7 +37,10 @@ class GlobalBatches(Iterator[list[Batch]]):
         consumed_samples: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """`pin_memory`: read into page-locked memory, for GPUs. Raises ConfigError unless global_batch_size is a multiple of micro_batch_size · dp_size."""
+        """`pin_memory`: read into page-locked memory, for GPUs.
+
+        Raises ConfigError unless global_batch_size is a multiple of micro_batch_size · dp_size.
+        """
         self.dataset = dataset
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from megazero.base.errors import CheckpointError
 from megazero.engine import steps
 from megazero.engine.checkpoint import Piece, latest_iteration, load, retain, save
+from megazero.engine.table import read_table
 from megazero.parallel.sharding import Box
 from tests.engine.checkpoint_pieces import (
     assert_equal,
@@ -115,6 +116,8 @@ def test_every_dtype_and_mixed_widths(tmp_path: Path) -> None:
     assert all(torch.equal(target[name].view(torch.uint8), state[name].view(torch.uint8)) for name in state)
     with safe_open(payload_of(tmp_path), "pt") as payload:
         assert len(payload.keys()) == len(state)
+    table = read_table(tmp_path / "step_00000001" / "weights")
+    assert all(entry.boxes[0].start % entry.dtype.itemsize == 0 for entry in table.values())
 
 
 def test_dtype_that_cannot_be_stored(tmp_path: Path) -> None:

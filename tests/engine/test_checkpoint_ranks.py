@@ -128,6 +128,21 @@ def test_a_group_of_one_inside_a_world(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(save_single_and_load_sliced, 2, str(tmp_path))
 
 
+def save_with_an_empty_piece(directory: str) -> None:
+    """Rank 0's slice of the tensor is empty, at the offset of rank 1's box."""
+    group = world()
+    tensor = torch.arange(6.0).reshape(2, 3)
+    box = Box((0, 0), (2 * group.rank, 3))
+    save(directory, 1, {"weights": [Piece("w", (2, 3), box, box.of(tensor))]}, {}, "", group)
+    target = torch.zeros(2, 3)
+    load(directory, 1, {"weights": [Piece("w", (2, 3), box, box.of(target))]}, group)
+    assert torch.equal(target, tensor if group.rank else torch.zeros(2, 3))
+
+
+def test_an_empty_piece_does_not_hide_another_ranks_box(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(save_with_an_empty_piece, 2, str(tmp_path))
+
+
 # ---- one rank's trouble is everybody's
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -151,6 +152,34 @@ def test_large_payload_is_written_hashed_and_synced_in_chunks(tmp_path: Path) ->
     target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     load(tmp_path, 1, {"weights": whole_pieces(target)}, single())
     assert all(torch.equal(target[name], state[name]) for name in state)
+
+
+def test_columns_load_into_memory_of_their_own(tmp_path: Path) -> None:
+    """What a tensor-parallel rank does: its region of the stored box is strided, its memory is not."""
+    tensor = torch.arange(24.0).reshape(4, 6)
+    save(tmp_path, 1, {"weights": [whole_piece("w", tensor)]}, {}, "", single())
+    columns = torch.zeros(4, 2)
+    load(tmp_path, 1, {"weights": [Piece("w", (4, 6), Box((0, 3), (4, 2)), columns)]}, single())
+    assert torch.equal(columns, tensor[:, 3:5])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_failure_of_any_sync_of_a_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The system tells of a failed write-back once only, so each of the three syncs (two early) must be heard."""
+    monkeypatch.setattr("megazero.engine.storage._SYNC_BYTES", 400)
+    calls = 0
+
+    def fsync(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    state = {name: torch.zeros(120) for name in ("a", "b")}
+    with pytest.raises(CheckpointError, match=r"Input/output error.*/weights.*give another with --save"):
+        save(tmp_path, 1, {"weights": whole_pieces(state)}, {}, "", single())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_payload_that_shrinks_after_it_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,7 @@ def example(dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("rotary_dim", [16, 8, 2])
 def test_equals_the_formula(rotary_dim: int, dtype: torch.dtype) -> None:
     table = rope_table(torch.arange(6).unsqueeze(0), rope_frequencies(rotary_dim, 100.0))
-    assert_equals_reference(
-        lambda x: apply_rope(x, table), lambda x: apply_rope_reference(x, table), example(dtype)
-    )
+    assert_equals_reference(lambda x: apply_rope(x, table), lambda x: apply_rope_reference(x, table), example(dtype))
 
 
 def test_is_a_rotation_of_complex_numbers() -> None:

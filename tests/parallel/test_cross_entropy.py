@@ -52,7 +52,9 @@ def ours(group: AxisGroup, vocab: int, chunk: int | None, *inputs: Tensor) -> tu
 
 
 def check_fp32() -> None:
-    group = Topology.build(tp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1).group("tp")
+    group = Topology.build(tp=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1).group(
+        "tp"
+    )
     for (vocab, rows), chunk in product(VOCABULARIES, CHUNKS):
         inputs = example(rows, vocab)
         loss, grad_hidden, grad_weight = ours(group, vocab, chunk, *inputs)
@@ -104,7 +106,9 @@ def test_without_gradients_nothing_is_kept() -> None:
     weight.requires_grad_()
     group = Topology.single().group("tp")
     with torch.no_grad(), Largest() as seen:
-        loss = linear_cross_entropy(hidden, weight, labels, mask, vocab_size=37, first_row=0, group=group, chunk_tokens=2)
+        loss = linear_cross_entropy(
+            hidden, weight, labels, mask, vocab_size=37, first_row=0, group=group, chunk_tokens=2
+        )
     assert not loss.requires_grad
     torch.testing.assert_close(loss.double(), expected(hidden, weight, labels, mask, 37)[0], rtol=1e-6, atol=1e-6)
     assert seen.numel <= 2 * 37  # not even a gradient of the hidden states
