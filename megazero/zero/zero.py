@@ -11,13 +11,14 @@ same communication in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megazero.parallel.collectives import Pending, all_gather_slices, all_reduce, reduce_scatter_slices
-from megazero.parallel.sharding import Box, spec_of, spec_slice_boxes
+from megazero.parallel.sharding import Box, spec_of, spec_slice_boxes, whole
 from megazero.parallel.topology import Topology
 from megazero.zero.buckets import Bucket, Placed, make_buckets
 from megazero.zero.stages import STAGES
@@ -52,6 +53,7 @@ class Zero:
         self.topology, self.group = topology, topology.group("zero")
         self.lifetimes = STAGES[stage]
         self.overlap_reduce, self.overlap_gather, self.wire_dtype = overlap_reduce, overlap_gather, wire_dtype
+        _give_specs(model, topology)
         empty = _leave_meta(model, device)
         sharded = self.lifetimes.optimizer_sharded
         self.buckets = make_buckets(model, units, self.group, sharded=sharded, limit=bucket_elements)
@@ -64,6 +66,8 @@ class Zero:
         self._home: dict[nn.Parameter, tuple[int, Placed]] = {
             place.parameter: (index, place) for index, bucket in enumerate(self.buckets) for place in bucket.placed
         }
+        self.local_sums: list[Tensor] = []
+        """Sum of each bucket's gradients on this rank alone, in the last reduction."""
         self._gathers: dict[int, Pending] = {}
         self._reductions: list[Pending] = []
         self._begin()
@@ -81,7 +85,6 @@ class Zero:
         self._missing = [len(bucket.placed) for bucket in self.buckets]
         self._next = 0  # buckets before this one are on their way
         self._reductions = []
-        self.local_sums: list[Tensor] = []
 
     @torch.no_grad()
     def gradient_ready(self, parameter: nn.Parameter) -> None:
@@ -103,6 +106,8 @@ class Zero:
 
     def _reduce_next(self) -> None:
         bucket = self.buckets[self._next]
+        if self._next == 0:
+            self.local_sums = []
         self._next += 1
         for place in bucket.placed:
             if place.parameter not in self._filled:  # unused in this step
@@ -126,9 +131,7 @@ class Zero:
                 gathers.append(all_gather_slices(bucket.grads, self.group))
         for pending in gathers:
             pending.wait()
-        local_sums = self.local_sums
         self._begin()
-        self.local_sums = local_sums
 
     # parameters
 
@@ -230,6 +233,14 @@ class Zero:
 @torch.compiler.disable  # a compiled unit starts with this, and compiles what follows
 def _wait_hook(zero: Zero, indices: list[int], module: nn.Module, args: object) -> None:
     zero.wait_parameters(indices)
+
+
+def _give_specs(model: nn.Module, topology: Topology) -> None:
+    """Describe the parameters of modules that know nothing of megazero: whole, and equal on all tp ranks."""
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "shard_spec"):
+            spec = replace(whole(name, tuple(parameter.shape)), replicas=topology.group("tp").ranks)
+            parameter.shard_spec = spec  # type: ignore[attr-defined]
 
 
 def _leave_meta(model: nn.Module, device: torch.device) -> set[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Pieces for the checkpoint tests: a tensor cut into flat slices, and a small model's state."""
+"""For the checkpoint tests: pieces of tensors cut into flat slices, a small model's state, and checkpoints of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megazero.engine.boxed import Piece
+from megazero.engine.checkpoint import load, save
 from megazero.parallel.sharding import Box, flat_slice_boxes
 from megazero.parallel.topology import AxisGroup
 
@@ -60,3 +61,17 @@ def files_of(folder: Path) -> list[Path]:
 def payload_of(folder: Path) -> Path:
     """The first payload file of a checkpoint's weights."""
     return next(path for path in files_of(folder) if path.parent.name == "weights" and path.suffix == ".safetensors")
+
+
+STATE = {"iteration": 10, "lr": 3e-4, "nested": {"seeds": [1, 2]}, "note": "é"}
+
+
+def save_step(directory: Path, iteration: int, shift: float = 0.0) -> None:
+    sections = {"weights": whole_pieces(logical_state(shift)), "optimizer": whole_pieces(logical_state(shift + 0.5))}
+    save(directory, iteration, sections, STATE | {"iteration": iteration}, "model: tiny\n", single())
+
+
+def load_weights(directory: Path, iteration: int | None = None) -> dict[str, torch.Tensor]:
+    target = zeros_like(logical_state())
+    load(directory, iteration, {"weights": whole_pieces(target)}, single())
+    return target

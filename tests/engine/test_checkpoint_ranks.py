@@ -143,6 +143,28 @@ def test_an_empty_piece_does_not_hide_another_ranks_box(ranks: Ranks, tmp_path: 
     ranks.run(save_with_an_empty_piece, 2, str(tmp_path))
 
 
+def save_unequal_numbers_of_pieces(directory: str) -> None:
+    """One row on rank 0, three on rank 1: the plan numbers boxes over all ranks, memory is looked up on one."""
+    group = world()
+    tensor = torch.arange(12.0).reshape(4, 3)
+    rows = [0] if group.rank == 0 else [1, 2, 3]
+    save(
+        directory,
+        1,
+        {"weights": [Piece("w", (4, 3), Box((r, 0), (1, 3)), tensor[r : r + 1]) for r in rows]},
+        {},
+        "",
+        group,
+    )
+    target = torch.zeros(4, 3)
+    load(directory, 1, {"weights": [whole_piece("w", target)]}, group)
+    assert torch.equal(target, tensor)
+
+
+def test_unequal_numbers_of_pieces(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(save_unequal_numbers_of_pieces, 2, str(tmp_path))
+
+
 # ---- one rank's trouble is everybody's
 
 

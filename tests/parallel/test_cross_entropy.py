@@ -1,4 +1,4 @@
-"""The fused projection and loss against F.cross_entropy: parts of the vocabulary, chunks, padding, masks, types, memory."""
+"""The fused projection and loss against F.cross_entropy: vocabulary parts, chunks, padding, masks, types, memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Zero on foreign modules over 1 and 2 ranks: which gradients arrive, what is sharded, and when parameters are whole."""
+"""Zero on foreign modules over 1 and 2 ranks: which gradients arrive, what is sharded, when parameters are whole."""
 
 from __future__ import annotations
 
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def assembled(zero: Zero, buffers: Any) -> dict[str, Tensor]:
     """Logical tensors from every rank's pieces for saving; each element must come from exactly one rank."""
     mine = [(name, shape, box, t.float().clone()) for name, shape, box, t in zero.pieces(buffers, for_save=True)]
     wholes: dict[str, Tensor] = {}
-    for name, shape, box, part in sum(gather_objects(mine, zero.topology.group("world")), []):
+    for name, shape, box, part in chain(*gather_objects(mine, zero.topology.group("world"))):
         target = box.of(wholes.setdefault(name, torch.full(shape, torch.nan)))
         assert target.isnan().all(), f"{name} {box} came twice"
         target.copy_(part)
@@ -160,8 +161,8 @@ def check_unused() -> None:
         only_first = lambda micro: micro == 0  # noqa: E731  used, but not at the boundary
         backward_all(model, zero, side=only_first)
         close(gradients(zero), reference_gradients(model, 2, side=only_first))
-        only_on_one = lambda micro: zero.group.rank == 1  # noqa: E731  ranks need not agree on what is used
-        backward_all(model, zero, side=only_on_one)
+        on_rank_1 = zero.group.rank == 1  # ranks need not agree on what is used
+        backward_all(model, zero, side=lambda micro, used=on_rank_1: used)
         found = gradients(zero)
         torch.manual_seed(3)
         plain = Foreign()
@@ -270,6 +271,16 @@ def test_buffers_are_untouched_and_ties_hold() -> None:
     assert saved == set(names)
 
 
+def test_foreign_parameters_on_meta_are_known_by_their_full_names() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    initial = lambda place: torch.full(place.spec.local_shape, float(len(place.spec.name)))  # noqa: E731
+    zero = Zero(model, Topology.single(), stage=1, dtype=torch.float32, device=CPU, initial=initial, units=[])
+    names = [place.spec.name for bucket in zero.buckets for place in bucket.placed]
+    assert names == ["1.bias", "1.weight", "0.bias", "0.weight"]
+    assert model[0].weight.tolist() == [[8.0, 8.0]] * 3 and model[1].bias.tolist() == [6.0, 6.0]
+
+
 def test_real_parameters_keep_their_values_before_the_cast() -> None:
     torch.manual_seed(3)
     plain = Foreign()
@@ -343,10 +354,10 @@ def test_pieces_tile_the_logical_tensors(ranks: Any) -> None:
 
 
 def test_segments_cut_where_the_key_changes() -> None:
-    model, zero = build(units=[], bucket_elements=None)
+    _, zero = build(units=[], bucket_elements=None)
     (bucket,) = zero.buckets
     cuts = zero.segments(lambda place: len(place.spec.shape) > 1)
     assert cuts[0][2] == 0 and cuts[-1][3] == bucket.numel
-    assert all(one[3] == two[2] and one[1] != two[1] for one, two in zip(cuts, cuts[1:], strict=False))
+    assert all(one[3] == two[2] and one[1] != two[1] for one, two in pairwise(cuts))
     for place in bucket.placed:
         assert [key for _, key, lo, hi in cuts if lo <= place.start and place.stop <= hi] == [place.parameter.dim() > 1]
