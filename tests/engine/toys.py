@@ -18,7 +18,7 @@ LR = 1e-2
 
 
 class Toy(nn.Module):
-    """Next-token prediction: embedding, two residual layers, norm, untied head; parameters spread over sizes and dims."""
+    """Next-token prediction: embedding, two residual layers, norm, untied head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model against Hugging Face's of the same family: logits, loss and every gradient, with weights taken name by name."""
+"""The model against Hugging Face's of the same family: logits, loss, every gradient; weights taken name by name."""
 
 from __future__ import annotations
 
@@ -79,6 +79,8 @@ def gpt2() -> nn.Module:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
         attn_implementation="eager",
     )
     return transformers.GPT2LMHeadModel(config)
@@ -123,8 +125,9 @@ def randomised(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     model = make().train()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if parameter.dim() == 1 else 0.0))
+        for name, parameter in model.named_parameters():
+            is_norm = parameter.dim() == 1 and not name.endswith("bias")
+            parameter.copy_(torch.randn_like(parameter) * 0.15 + (1.0 if is_norm else 0.0))
     return model
 
 
