@@ -193,8 +193,9 @@ def read_state(directory: str | os.PathLike[str], iteration: int | None) -> dict
 
     Not collective. Raises CheckpointError as `load` does.
     """
-    folder, _, files = _find(Path(directory), iteration, [])
-    verify_file(folder / STATE, files[STATE])
+    store = Path(directory)
+    folder, step, files = _find(store, iteration, [])
+    _verify(store, folder, step, {STATE: files[STATE]})
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
 

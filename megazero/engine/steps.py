@@ -45,7 +45,10 @@ def usable_steps(store: Path) -> list[int]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint folder {store}: {error.strerror}") from error
+        raise CheckpointError(
+            f"cannot read the checkpoint folder {store}: {error.strerror}. Give another with --save or --output-dir "
+            "(--load, if it is the one to start from)"
+        ) from error
     if (store / MANIFEST).is_file():
         raise CheckpointError(
             f"{store} is one checkpoint, not a folder of checkpoints: give its parent "

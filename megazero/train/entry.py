@@ -20,8 +20,8 @@ def run(train: Callable[[RunConfig], None], config: RunConfig) -> int:
     """Call `train(config)` and return the process's exit status, having said on stderr what went wrong."""
     try:
         train(config)
-    except (ConfigError, CheckpointError) as error:  # found by every rank alike: one says it
-        if Launch.from_environment().rank == 0:
+    except (ConfigError, CheckpointError) as error:  # by every rank of a machine: one says it
+        if _local_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except MegazeroError as error:
@@ -48,6 +48,13 @@ def explain_lost_ranks(error: RuntimeError, iteration: int) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _local_rank() -> int:
+    try:
+        return Launch.from_environment().local_rank
+    except ConfigError:  # the launcher's variables themselves are what is wrong
+        return 0
 
 
 def _where() -> str:

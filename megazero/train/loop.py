@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megazero.base.device import measure_gemm_flops, memory_bytes, peak_flops
-from megazero.base.errors import ConfigError
+from megazero.base.errors import ConfigError, DataError
 from megazero.config.recipe import to_yaml
 from megazero.config.schema import RunConfig
 from megazero.data.batch import Batch
@@ -28,6 +28,7 @@ from megazero.engine.engine import DTYPES, StepResult
 from megazero.engine.lr import LearningRate
 from megazero.models.gpt import Inputs
 from megazero.ops.dropout import Randomness
+from megazero.parallel.collectives import gather_objects
 from megazero.plan.flops import flops_per_token
 from megazero.train.entry import explain_lost_ranks
 from megazero.train.metrics import Metrics
@@ -40,14 +41,28 @@ def pretrain(config: RunConfig) -> None:
     """Train as the configuration says, from a new model or from where a checkpoint left off. Collective."""
     with set_up(config) as run, _stop_signals() as stop:
         progress, rate = resume_or_start(run)
-        if run.launch.rank == 0:
-            write_config(run.config)
-        with Metrics(run.config, is_main=run.launch.rank == 0, resumed_at=progress.iteration) as metrics:
+        with _open_outputs(run, progress.iteration) as metrics:
             try:
                 Loop(run, progress, rate, metrics, stop).train()
             except RuntimeError as error:
                 explain_lost_ranks(error, progress.iteration)
                 raise
+
+
+def _open_outputs(run: Run, resumed_at: int) -> Metrics:
+    """The run's metrics and its config.yaml, by rank 0. If it cannot, every rank raises its error. Collective."""
+    metrics, problem = None, None
+    try:
+        metrics = Metrics(run.config, is_main=run.launch.rank == 0, resumed_at=resumed_at)
+        if run.launch.rank == 0:
+            write_config(run.config)
+    except (ConfigError, DataError) as error:
+        problem = error
+    problem = gather_objects(problem, run.topology.group("world"))[0]
+    if problem is not None:
+        raise problem
+    assert metrics is not None
+    return metrics
 
 
 def write_config(config: RunConfig) -> None:

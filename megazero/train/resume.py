@@ -8,6 +8,7 @@ else                                            → a new model
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megazero.base.errors import CheckpointError, ConfigError
@@ -48,7 +49,8 @@ def resume_or_start(run: Run) -> tuple[Progress, LearningRate]:
     assert config.checkpoint.save is not None and config.training.train_iters is not None
     own = latest_iteration(config.checkpoint.save) is not None
     source = config.checkpoint.save if own else config.checkpoint.load
-    step = config.checkpoint.ckpt_step
+    load_is_used_up = own and not _same_folder(config.checkpoint.load or config.checkpoint.save, config.checkpoint.save)
+    step = None if load_is_used_up else config.checkpoint.ckpt_step  # which chose among the checkpoints of --load
     if source is None:
         if step is not None:
             raise CheckpointError(
@@ -62,7 +64,7 @@ def resume_or_start(run: Run) -> tuple[Progress, LearningRate]:
         run.engine.loaded()
         return Progress(), rate
     progress = Progress(**state["progress"])
-    if own and config.checkpoint.load not in (None, config.checkpoint.save):
+    if load_is_used_up:
         run.log.main(f"this run has a checkpoint of its own, so --load {config.checkpoint.load} is not used again")
     run.log.main(f"resuming from {source}, iteration {progress.iteration}")
     _check_data_order(run, state["data"])
@@ -111,6 +113,10 @@ def save(run: Run, progress: Progress, rate: LearningRate) -> None:
     )
     if config.checkpoint.keep_last is not None and run.launch.rank == 0:
         retain(config.checkpoint.save, config.checkpoint.keep_last)
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _data_order(run: Run) -> dict[str, Any]:

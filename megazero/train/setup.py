@@ -28,6 +28,7 @@ from megazero.data.build import Datasets, build_datasets
 from megazero.data.tokenizer import Tokenizer, build_tokenizer
 from megazero.engine.engine import Engine
 from megazero.models.gpt import GPT
+from megazero.parallel.liveness import answering_roll_calls
 from megazero.parallel.topology import Topology
 
 
@@ -82,7 +83,8 @@ def set_up(config: RunConfig) -> Iterator[Run]:
         if config.training.compile:
             for layer in model.model.layers:
                 layer.compile()
-        yield Run(config, launch, topology, device, tokenizer, datasets, model, engine, log)
+        with answering_roll_calls():
+            yield Run(config, launch, topology, device, tokenizer, datasets, model, engine, log)
     finally:
         shutdown_distributed()
 

@@ -148,7 +148,7 @@ def poisoned(kind: str, rank: int) -> Any:
             if kind == "gradient":
                 return loss + (model.layers[0].weight * torch.nan).sum() * 0  # NaN loss too
             if kind == "gradient alone":
-                model.norm.bias.register_hook(_once(lambda g: g * torch.inf))
+                model.norm.weight.register_hook(_once(lambda g: g * torch.inf))
             if kind == "loss":
                 return loss + torch.inf
         return loss
@@ -170,7 +170,7 @@ def _once(change: Any) -> Any:
 
 NAMED = {
     "gradient": "rank 1: gradient of layers.0.weight",
-    "gradient alone": "rank 1: gradient of norm.bias",
+    "gradient alone": "rank 1: gradient of norm.weight",
     "loss": "rank 1: loss inf",
 }
 

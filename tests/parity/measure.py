@@ -18,7 +18,8 @@ from megazero.parallel.collectives import gather_objects
 from megazero.parallel.topology import Topology
 
 STEPS, BATCH, SEQUENCE, VOCABULARY = 5, 8, 16, 100
-LEARNING_RATE = 1e-3  # Adam turns a noisy near-zero gradient into a step of this size
+LEARNING_RATE = 1e-3
+EPSILON = 1e-6  # by Adam's usual 1e-8 an element's gradient of 1e-9, rounding noise, becomes a visible step
 MODEL = {
     "num_layers": 2,
     "hidden_size": 32,
@@ -74,7 +75,7 @@ def configure(layout: Layout, world_size: int, settings: dict[str, Any]) -> RunC
             "train_iters": STEPS,
             "precision": "fp32",
         },
-        "optimizer": {"lr": LEARNING_RATE, "clip_grad": 1.0, "lr_decay_style": "constant"},
+        "optimizer": {"lr": LEARNING_RATE, "adam_eps": EPSILON, "clip_grad": 1.0, "lr_decay_style": "constant"},
     }
     for key, value in settings.items():
         section, name = key.split(".")

@@ -60,11 +60,11 @@ def train_argv(argv: list[str]) -> int:
             return int(leaving.code or 0)
 
 
-def train_on_rank(*argvs: list[str]) -> tuple[list[int], str]:
-    """For `ranks.run(…, group=False)`: one command line after the other; the exit statuses and all that was said."""
+def train_on_rank(argv: list[str]) -> tuple[int, str]:
+    """For `ranks.run(…, group=False)`: the exit status and all that was said."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        return [train_argv(argv) for argv in argvs], said.getvalue()
+        return train_argv(argv), said.getvalue()
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
