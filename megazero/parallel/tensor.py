@@ -49,7 +49,8 @@ def enter_tensor_parallel(x: Tensor, group: AxisGroup) -> Tensor:
 
 
 def leave_tensor_parallel(x: Tensor, group: AxisGroup) -> Tensor:
-    """Out of such a region: sums the ranks' partial results."""
+    """Out of such a region: sums the ranks' partial results, in the memory of `x`, which must be the result of an
+    operation that does not keep it for its backward (a matrix product does not)."""
     return x if group.size == 1 else _Leave.apply(x, group)
 
 
