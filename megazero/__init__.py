@@ -1,0 +1,41 @@
+"""megazero: Megatron's model parallelism and DeepSpeed's ZeRO in one engine.
+
+What a user imports from here is found on first use, so that `import megazero` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megazero.parallel.layer_spec import LayerSpec, TiedLayerSpec
+    from megazero.parallel.pipeline_module import (
+        PipeDataParallelTopology,
+        PipelineModule,
+        PipeModelDataParallelTopology,
+    )
+    from megazero.parallel.topology import Topology
+
+__all__ = [
+    "LayerSpec",
+    "PipeDataParallelTopology",
+    "PipeModelDataParallelTopology",
+    "PipelineModule",
+    "TiedLayerSpec",
+    "Topology",
+]
+_HOMES = {
+    "LayerSpec": "megazero.parallel.layer_spec",
+    "TiedLayerSpec": "megazero.parallel.layer_spec",
+    "PipelineModule": "megazero.parallel.pipeline_module",
+    "PipeDataParallelTopology": "megazero.parallel.pipeline_module",
+    "PipeModelDataParallelTopology": "megazero.parallel.pipeline_module",
+    "Topology": "megazero.parallel.topology",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'megazero' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -22,6 +22,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The parity suite's tables, if it ran."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    properties = [each for report in reports if report.when == "call" for each in report.user_properties]
+    if not properties:
+        return
+    from tests.parity.table import tables  # imports the engine, which other tests can do without
+
+    lines = tables(properties, everything=config.getoption("verbose") > 0)
+    if lines:
+        terminalreporter.section("numbers that do not depend on the layout")
+        terminalreporter.write("\n".join(lines) + "\n")
+
+
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[Ranks]:
     pool = Ranks()

@@ -123,7 +123,8 @@ def clean_state(job: Job) -> Iterator[None]:
         dist.destroy_process_group()
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # the call imports torch.compile's compiler: seconds of a start
+        torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megazero.config.schema import RunConfig
 from megazero.engine.checkpoint import load, save
 from megazero.engine.engine import Engine
-from megazero.models.gpt import GPT, Inputs
 from megazero.ops.activation import swiglu, swiglu_reference
 from megazero.ops.attention import attention, attention_reference, document_mask
-from megazero.ops.dropout import Randomness, dropout
+from megazero.ops.dropout import dropout
 from megazero.ops.norm import rms_norm, rms_norm_reference
 from megazero.ops.rope import apply_rope, apply_rope_reference, rope_frequencies, rope_table
+from megazero.parallel.recompute import checkpoint
+from megazero.parallel.saved_inputs import SavedInputs
 from megazero.parallel.topology import Topology
-from tests.parity.measure import BATCH, Layout, configure, global_batch, loss_sum
+from megazero.train.build import Forward, build_engine
+from tests.parity.measure import Layout, configure, local_batches
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -73,10 +74,33 @@ def test_dropout_drops_the_same_elements_as_on_the_cpu() -> None:
     assert torch.equal(dropout(x.to(CUDA), 0.3, 7, [rows, columns]).cpu(), dropout(x, 0.3, 7, [rows, columns]))
 
 
-def test_training_equals_the_cpu_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+def test_training_equals_the_cpu_in_fp32() -> None:
     here, there = train(CUDA, "fp32"), train(torch.device("cpu"), "fp32")
     assert here == pytest.approx(there, rel=1e-4)
+
+
+@pytest.mark.parametrize("slots", [0, 4])
+def test_offloaded_inputs_leave_the_gpu_and_come_back(slots: int) -> None:
+    layer, saved = torch.nn.Linear(512, 512, device=CUDA), SavedInputs(offload=True, slots=slots)
+
+    def run(call: Any) -> tuple[int, list[Tensor]]:
+        x = normal(1024, 512).detach().requires_grad_()
+        before, y = torch.cuda.memory_allocated(), x
+        for _ in range(8):
+            y = call(lambda z: torch.relu(layer(z)) + z, y)
+        kept = torch.cuda.memory_allocated() - before
+        layer.zero_grad()
+        y.square().sum().backward()
+        return kept, [y.detach(), x.grad, layer.weight.grad.clone()]
+
+    run(checkpoint)  # cuBLAS takes its workspace
+    for _ in range(2):  # slots are used again
+        alone, offloaded = run(checkpoint), run(lambda function, x: checkpoint(function, x, saved=saved))
+        assert all(torch.equal(a, b) for a, b in zip(alone[1], offloaded[1], strict=True))
+        size = 1024 * 512 * 4
+        assert (alone[0], offloaded[0]) == (8 * size, size)  # of its inputs, the first is the caller's; and the output
+    kept = saved.keep(normal(4, 4))
+    assert kept.place.is_pinned() and kept.device.type == "cuda"
 
 
 def test_bf16_learns_and_keeps_fp32_masters() -> None:
@@ -87,7 +111,7 @@ def test_bf16_learns_and_keeps_fp32_masters() -> None:
 
 def test_checkpoint_from_gpu_to_cpu(tmp_path: Path) -> None:
     engine = build(CUDA, "bf16")
-    step(engine, 0)
+    step(engine, Forward(configure(Layout(), 1, {}), engine.topology, CUDA), 0)
     save(tmp_path, 1, engine.pieces(for_save=True), {"states": engine.optimizer.state_keys()}, "", world(engine))
     other = build(torch.device("cpu"), "fp32")
     other.optimizer.prepare(engine.optimizer.state_keys(), engine.optimizer.scalars())
@@ -101,18 +125,16 @@ def world(engine: Engine) -> Any:
 
 
 def build(device: torch.device, precision: str) -> Engine:
-    config: RunConfig = configure(Layout(), 1, {"training.precision": precision})
-    topology = Topology.single()
-    return Engine(GPT(config.model, topology), topology, config, device, ["model.layers.0", "model.layers.1"])
+    return build_engine(configure(Layout(), 1, {"training.precision": precision}), Topology.single(), device)[0]
 
 
-def step(engine: Engine, number: int) -> float:
-    batch = global_batch(number % 2)
-    inputs = Inputs(batch["tokens"].to(engine.device), Randomness(1, number, torch.arange(BATCH)))
-    micro_batch = (inputs, batch["labels"].to(engine.device), batch["mask"].to(engine.device))
-    return engine.train_step([micro_batch], loss_sum, float(batch["mask"].sum()), lr=1e-3).loss
+def step(engine: Engine, forward: Forward, number: int) -> float:
+    batches = [batch.to(engine.device) for batch in local_batches(Layout(), engine.topology, number % 2, packed=False)]
+    count = float(sum(batch.loss_mask.sum() for batch in batches))
+    return engine.train_step(batches, forward.loss_sum, count, lr=1e-3).loss
 
 
 def train(device: torch.device, precision: str) -> list[float]:
-    engine = build(device, precision)
-    return [step(engine, number) for number in range(6)]
+    config = configure(Layout(), 1, {"training.precision": precision})
+    engine, forward = build_engine(config, Topology.single(), device)
+    return [step(engine, forward, number) for number in range(6)]

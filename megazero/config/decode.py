@@ -3,7 +3,7 @@
 YAML reads `3e-4` as text and `yes` as a boolean, and a flag's value is always text; the field's type decides:
 
     float: 3, 3.0, "3e-4"     int: 3, "3"     bool: true | false     str: text only (numbers and dates need quotes)
-    Literal: one of its values     X | None: null or X     tuple[str, ...]: a list, or text split at blanks
+    Literal: one of its values     X | None: null or X     tuple[X, ...]: a list, or text split at blanks
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def decode(value: object, kind: Any) -> Any:
     if origin is Literal:
         return _decode_literal(value, typing.get_args(kind))
     if origin is tuple:
-        return _decode_texts(value)
+        (item, _) = typing.get_args(kind)
+        return tuple(decode(text, item) for text in _decode_texts(value))
     return _DECODERS[kind](value)
 
 
@@ -49,7 +50,8 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
     if origin is tuple:
-        return "a list of texts"
+        item = typing.get_args(kind)[0]
+        return "a list of texts" if item is str else describe(item).replace("one of", "some of")
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
 
 

@@ -14,6 +14,7 @@ import os.path
 from megazero.config.fields import value_of
 from megazero.config.layers import Setting, with_settings
 from megazero.config.layout import smallest_world_size
+from megazero.config.pipeline import virtual_stages
 from megazero.config.schema import RunConfig
 
 
@@ -32,6 +33,7 @@ def derive(config: RunConfig, world_size: int | None) -> RunConfig:
         config = _fill(config, key, value, formula)
     for key, value, formula in _length(config):
         config = _fill(config, key, value, formula)
+    config = _recompute(_parallel(config))
     output_dir = config.logging.output_dir or "runs/default"
     tokenizer = "HuggingFaceTokenizer" if config.data.tokenizer_model else "NullTokenizer"
     for key, text, formula in [
@@ -72,6 +74,22 @@ def _length(config: RunConfig) -> list[tuple[str, int | None, str]]:
     batch = max(training.global_batch_size or 1, 1)
     iters = (training.train_samples or 0) // batch or None if known else None
     return [("training.train_iters", iters, "train-samples / global-batch-size")]
+
+
+def _parallel(config: RunConfig) -> RunConfig:
+    split = config.parallel.tensor_model_parallel_size > 1
+    config = _fill(config, "parallel.sequence_parallel", split, "tensor-model-parallel-size > 1")
+    virtual = virtual_stages(config.parallel, config.model.num_layers)
+    config = _fill(config, "parallel.num_virtual_stages_per_pipeline_rank", virtual, "what the schedule needs")
+    schedule = "1f1b" if virtual in (None, 1) else "interleaved-1f1b"
+    return _fill(config, "parallel.pipeline_schedule", schedule, "from the number of virtual stages")
+
+
+def _recompute(config: RunConfig) -> RunConfig:
+    if config.recompute.recompute_granularity != "full":
+        return config
+    config = _fill(config, "recompute.recompute_method", "uniform", "every block")
+    return _fill(config, "recompute.recompute_num_layers", 1, "one block at a time")
 
 
 def _fill(config: RunConfig, key: str, value: object, formula: str) -> RunConfig:

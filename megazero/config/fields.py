@@ -41,6 +41,11 @@ class Field:
         return f"{self.section}.{self.name}"
 
     @property
+    def is_switch(self) -> bool:
+        """Its flag takes no value, and has an opposite: --x and --no-x."""
+        return self.kind in (bool, bool | None)
+
+    @property
     def flag(self) -> str:
         """The flag, e.g. `--num-layers`."""
         return flag_of(self.name)

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 import textwrap
+import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -131,9 +132,9 @@ class _SetField(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         flag = str(option_string)
-        kind = FIELDS[self.dest].kind
+        field = FIELDS[self.dest]
         try:
-            value = not flag.startswith("--no-") if kind is bool else decode(values, kind)
+            value = not flag.startswith("--no-") if field.is_switch else decode(values, field.kind)
         except DecodeError as error:
             namespace.problems.append(f"{flag}: {error}")
         else:
@@ -162,9 +163,9 @@ def _record(namespace: argparse.Namespace, key: str, value: Any, flag: str) -> N
 
 
 def _add_field(group: argparse._ArgumentGroup, field: Field, text: str) -> None:
-    names = [field.flag, f"--no-{field.flag[2:]}"] if field.kind is bool else [field.flag]
-    shape: dict[str, Any] = {"nargs": 0} if field.kind is bool else {"metavar": _metavar(field)}
-    if field.kind == tuple[str, ...]:
+    names = [field.flag, f"--no-{field.flag[2:]}"] if field.is_switch else [field.flag]
+    shape: dict[str, Any] = {"nargs": 0} if field.is_switch else {"metavar": _metavar(field)}
+    if typing.get_origin(field.kind) is tuple:
         shape["nargs"] = "+"
     help_text = f"{text} (default: {_default(field, text)})".replace("%", "%%")
     group.add_argument(*names, action=_SetField, dest=field.key, default=argparse.SUPPRESS, help=help_text, **shape)
@@ -175,13 +176,15 @@ def _default(field: Field, text: str) -> str:
         return "derived" if "Derived:" in text else "none"
     if field.kind is bool:
         return "on" if field.default else "off"
-    return str(field.default) if field.default != () else "none"
+    if isinstance(field.default, tuple):
+        return " ".join(field.default) or "none"
+    return str(field.default)
 
 
 def _metavar(field: Field) -> str:
     words = describe(field.kind)
-    if words.startswith("one of "):
-        return "{" + words.removeprefix("one of ").replace(" ", "") + "}"
+    if words.startswith(("one of ", "some of ")):
+        return "{" + words.partition(" of ")[2].replace(" ", "") + "}"
     return {"a whole number": "N", "a number": "X", "a list of texts": "TEXT"}.get(words, "TEXT")
 
 

@@ -6,6 +6,7 @@ world size = tp · pp · cp · dp        padded vocabulary = ceil(vocabulary / d
 from __future__ import annotations
 
 import math
+import re
 
 from megazero.base.errors import ConfigError
 from megazero.config.schema import RunConfig
@@ -86,3 +87,32 @@ def parse_split(text: str) -> tuple[float, float, float]:
     train, valid, test = (*numbers, 0.0, 0.0)[:3]
     total = train + valid + test
     return train / total, valid / total, test / total
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `80GiB` (2³⁰), `80 GB` (10⁹) or `141e9`.
+
+    Raises ConfigError when it is not a positive number with such a unit.
+    """
+    match = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d{1,2})?) *([kmgt]?i?b|)", text.strip().lower())
+    number = float(match.group(1)) * _UNITS.get(match.group(2), 0) if match else 0.0
+    if number < 1:
+        raise ConfigError(
+            f"--device-memory {text!r} is not a size: a number, followed by GiB, GB, MiB or another such unit, or by "
+            f"nothing for bytes. Use 80GiB, for instance."
+        )
+    return int(number)

@@ -13,6 +13,12 @@ ALIASES: dict[str, tuple[str, Any, str]] = {
     "--bf16": ("training.precision", "bf16", "the same as --precision bf16"),
     "--swiglu": ("model.activation", "swiglu", "the same as --activation swiglu"),
     "--squared-relu": ("model.activation", "squared_relu", "the same as --activation squared_relu"),
+    "--recompute-activations": (
+        "recompute.recompute_granularity",
+        "selective",
+        "the same as --recompute-granularity selective",
+    ),
+    "--distribute-saved-activations": ("recompute.partition_activations", True, "the same as --partition-activations"),
     "--disable-bias-linear": ("model.add_bias_linear", False, "the same as --no-add-bias-linear"),
 }
 """Flag -> (recipe key, value, help)."""
@@ -40,13 +46,13 @@ _EXPLAINED: dict[str, str] = {
     f"parameter sharding is {_LATER}; use --zero-stage 1.": "use-megatron-fsdp use-torch-fsdp2 megatron-fsdp-version",
     "ZeRO shards over all data-parallel ranks; remove it.": "outer-dp-sharding-strategy "
     "num-distributed-optimizer-instances",
-    f"sequence parallelism is {_LATER}; remove it.": "sequence-parallel tp-comm-overlap",
-    f"pipeline parallelism is {_LATER}; remove it.": "num-layers-per-virtual-pipeline-stage "
-    "num-virtual-stages-per-pipeline-rank pipeline-model-parallel-layout decoder-first-pipeline-num-layers "
-    "decoder-last-pipeline-num-layers account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split "
-    "microbatch-group-size-per-virtual-pipeline-stage no-overlap-p2p-communication "
-    "overlap-p2p-communication-warmup-flush",
-    f"context parallelism is {_LATER}; remove it.": "cp-comm-type hierarchical-context-parallel-sizes",
+    f"overlapping tp's communication with its matrix products is {_LATER}; remove it.": "tp-comm-overlap",
+    "layers are cut into stages by cost, embedding and loss included; remove it.": "account-for-embedding-in-pipeline-"
+    "split account-for-loss-in-pipeline-split",
+    "torch's pipeline schedules decide on groups and overlap; remove it.": "microbatch-group-size-per-virtual-pipeline-"
+    "stage no-overlap-p2p-communication overlap-p2p-communication-warmup-flush",
+    f"context parallelism in two levels is {_LATER}; use --cp-comm-type p2p or a2a.": "hierarchical-context-parallel-"
+    "sizes",
     f"mixture of experts is {_LATER}; remove it.": "num-experts moe-* overlap-moe-* expert-tensor-parallel-size",
     "use --ddp-bucket-size (elements in a bucket).": "ddp-num-buckets",
     "the loss is token-weighted, so gradients are summed; remove it.": "ddp-average-in-collective",
@@ -74,8 +80,7 @@ _EXPLAINED: dict[str, str] = {
     f"loss scaling belongs to fp16, which is {_LATER}; use --bf16.": "loss-scale initial-loss-scale min-loss-scale "
     "loss-scale-window hysteresis",
     f"8-bit and 4-bit floats are {_LATER}; use --bf16.": "fp8-* fp4-*",
-    f"recomputation of activations is {_LATER}; lower --micro-batch-size.": "recompute-* checkpoint-activations "
-    "distribute-saved-activations",
+    "renamed to --recompute-granularity full.": "checkpoint-activations",
     "the schedule counts steps; use --lr-decay-iters (samples / global-batch-size).": "lr-decay-samples",
     "the schedule counts steps; use --lr-warmup-iters or --lr-warmup-fraction.": "lr-warmup-samples",
     "the schedule counts steps; use --lr-wsd-decay-iters (samples / global-batch-size).": "lr-wsd-decay-samples",

@@ -91,6 +91,15 @@ def to_yaml(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
+def resolved_values(text: str, label: str) -> dict[str, Any]:
+    """Every value in what `to_yaml` wrote, derived ones too, by recipe key. Raises ConfigError when it is no mapping of
+    sections."""
+    tree = _load_yaml(re.sub(r"^  # (?=\w+: )", "  ", text, flags=re.MULTILINE), label)
+    if not isinstance(tree, dict) or not all(isinstance(values, dict) for values in tree.values()):
+        raise ConfigError(f"{label} is not the config.yaml of a run: it should be a mapping of sections. Remove it.")
+    return {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
+
+
 def _read_chain(path: Path, children: tuple[Path, ...]) -> list[Layer]:
     label = _label(path)
     try:

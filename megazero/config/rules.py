@@ -7,10 +7,12 @@ A rule runs only when the values that it reads are in range, so that no problem 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from megazero.base.errors import ConfigError
+from megazero.config.context_rules import CONTEXT_RULES
 from megazero.config.derive import data_parallel_size
+from megazero.config.dry_run_rules import DRY_RUN_RULES
 from megazero.config.fields import flag_of, value_of
 from megazero.config.layout import (
     either,
@@ -21,11 +23,14 @@ from megazero.config.layout import (
     smallest_world_size,
     world_size_problem,
 )
+from megazero.config.pipeline_rules import PIPELINE_RULES
 from megazero.config.ranges import out_of_range
+from megazero.config.recompute_rules import RECOMPUTE_RULES
+from megazero.config.registry import Rules, show
 from megazero.config.schema import RunConfig
 
-Rule = Callable[[RunConfig, int | None], Iterator[str]]
-_RULES: list[tuple[tuple[str, ...], Rule]] = []
+RULES = Rules()
+_rule = RULES.rule
 
 _LAYOUT = (
     "parallel.tensor_model_parallel_size",
@@ -43,30 +48,10 @@ def find_problems(config: RunConfig, world_size: int | None) -> list[str]:
         for key, allowed in bad.items()
         if not config.origins.get(key, "").startswith("derived")  # then its inputs are out of range, and reported
     ]
-    for keys, rule in _RULES:
+    for keys, rule in [*RULES, *PIPELINE_RULES, *CONTEXT_RULES, *RECOMPUTE_RULES, *DRY_RUN_RULES]:
         if not any(key in bad for key in keys):
             problems += rule(config, world_size)
     return problems
-
-
-def show(config: RunConfig, key: str) -> str:
-    """A setting as problems name it: `--lr 0.1`, followed by its file or other origin if it is not from a flag."""
-    value = value_of(config, key)
-    origin = config.origins.get(key, "")
-    aside = "" if origin.startswith("flag") or not origin else f" ({origin})"
-    if isinstance(value, bool):
-        return f"{flag_of(key) if value else flag_of(key).replace('--', '--no-', 1)}{aside}"
-    return f"{flag_of(key)} {' '.join(value) if isinstance(value, tuple) else value}{aside}"
-
-
-def _rule(*keys: str) -> Callable[[Rule], Rule]:
-    """Register a rule that reads these keys."""
-
-    def register(rule: Rule) -> Rule:
-        _RULES.append((keys, rule))
-        return rule
-
-    return register
 
 
 @_rule(*_LAYOUT)
@@ -82,16 +67,11 @@ def _world_size(config: RunConfig, world: int | None) -> Iterator[str]:
         yield from [problem] if problem else []
 
 
-@_rule(*_LAYOUT, "parallel.expert_model_parallel_size")
+@_rule("parallel.expert_model_parallel_size")
 def _available_axes(config: RunConfig, world: int | None) -> Iterator[str]:
-    axes = {
-        "pipeline parallelism": "parallel.pipeline_model_parallel_size",
-        "context parallelism": "parallel.context_parallel_size",
-        "expert parallelism": "parallel.expert_model_parallel_size",
-    }
-    for name, key in axes.items():
-        if value_of(config, key) != 1:
-            yield f"{show(config, key)}: {name} is not available in this version. Use {flag_of(key)} 1."
+    key = "parallel.expert_model_parallel_size"
+    if value_of(config, key) != 1:
+        yield f"{show(config, key)}: expert parallelism is not available in this version. Use {flag_of(key)} 1."
 
 
 @_rule("training.micro_batch_size", "training.global_batch_size", *_LAYOUT)
@@ -153,6 +133,18 @@ def _ffn_over_tp(config: RunConfig, world: int | None) -> Iterator[str]:
         yield _not_split(config, "model.ffn_hidden_size", ffn, "the MLP is split evenly")
 
 
+@_rule("parallel.tensor_model_parallel_size", "parallel.context_parallel_size", "data.seq_length")
+def _sequence_over_tp(config: RunConfig, world: int | None) -> Iterator[str]:
+    parallel, length = config.parallel, config.data.seq_length
+    tp = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and parallel.context_parallel_size == 1 and length % tp:
+        yield (
+            f"{show(config, 'data.seq_length')} is not divisible by "
+            f"{show(config, 'parallel.tensor_model_parallel_size')}: sequence parallelism splits the tokens evenly. "
+            f"Use --seq-length {either(neighbours(length, tp))}, or --no-sequence-parallel."
+        )
+
+
 @_rule("parallel.tensor_model_parallel_size", "model.vocab_size", "model.make_vocab_size_divisible_by")
 def _vocab_over_tp(config: RunConfig, world: int | None) -> Iterator[str]:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
@@ -204,7 +196,7 @@ def _positions(config: RunConfig, world: int | None) -> Iterator[str]:
 @_rule()
 def _data_source(config: RunConfig, world: int | None) -> Iterator[str]:
     data = config.data
-    if not data.data_path and not data.mock_data:
+    if not data.data_path and not data.mock_data and not config.dry_run.dry_run:
         yield "neither --data-path nor --mock-data is given: a run needs data. Give --data-path PREFIX, or --mock-data."
     if data.data_path and data.mock_data:
         yield f"{show(config, 'data.data_path')} and {show(config, 'data.mock_data')} exclude each other. Give one."

@@ -79,6 +79,24 @@ class ParallelConfig:
     """Ranks over which each sequence is split (cp)."""
     expert_model_parallel_size: int = 1
     """Ranks over which experts are split (ep)."""
+    sequence_parallel: bool | None = None
+    """Norms, dropout and residuals split over tp along the sequence. Derived: on when tensor-model-parallel-size > 1."""
+    cp_comm_type: Literal["p2p", "a2a"] = "p2p"
+    """How attention sees the whole sequence under cp: p2p passes keys and values around a ring, a2a exchanges heads (Ulysses)."""
+    pipeline_schedule: (
+        Literal["gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble", "zbv", "dualpipev"] | None
+    ) = None
+    """Order of forwards and backwards in the pipeline. Derived: 1f1b, or interleaved-1f1b with several virtual stages."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Stages that one rank holds. Derived: 1, or 2 for the schedules that need two."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """The same, said by the number of layers in a stage."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first stage. Derived: what balances cost."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last stage. Derived: what balances cost."""
+    pipeline_model_parallel_layout: str | None = None
+    """The cut as a string, stages between |: E embedding, t layer, L loss, and `t*3` for three; e.g. `Et*3|t*4|t*4|t*3L`."""
     zero_stage: Literal[0, 1] = 1
     """ZeRO stage: 0 replicates, 1 shards the optimizer state over data-parallel ranks."""
     ddp_bucket_size: int | None = None
@@ -155,6 +173,40 @@ class TrainingConfig:
     """Text that the trained model continues in samples.txt; needs a tokenizer."""
     sample_tokens: int = 200
     """Number of tokens to generate after sample-prompt."""
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """What is computed again in backward instead of being kept."""
+
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """full: whole blocks; selective: the parts named by recompute-modules; without it, nothing is recomputed."""
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+    """Parts of a block that selective recomputes."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """full: uniform recomputes all blocks, recompute-num-layers at a time; block one by one the first recompute-num-layers of each stage. Derived: uniform."""
+    recompute_num_layers: int | None = None
+    """See recompute-method. Derived: 1."""
+    partition_activations: bool = False
+    """full: each tp rank keeps a part of the blocks' inputs (with sequence-parallel they are parts already)."""
+    cpu_checkpointing: bool = False
+    """full: keep the blocks' inputs in CPU memory (on a CPU they are there already)."""
+    contiguous_memory_optimization: bool = False
+    """full: keep the blocks' inputs in one buffer made at the first step, which does not fragment memory."""
+
+
+@dataclass(frozen=True)
+class DryRunConfig:
+    """Plan a run of any size in one process, without its machines."""
+
+    dry_run: bool = False
+    """Validate, build one rank's part on the meta device, print bytes, communication and schedule; exit 1 if it does not fit."""
+    world_size: int | None = None
+    """Number of ranks to plan for. Derived: the ranks that were started."""
+    rank: int = 0
+    """The rank whose part is built."""
+    device_memory: str = "80GiB"
+    """Memory of one device, e.g. 80GiB."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +293,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

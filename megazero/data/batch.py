@@ -1,4 +1,4 @@
-"""A micro-batch: samples stacked into tensors."""
+"""A micro-batch: samples stacked into tensors, or the part of each sample that one context-parallel rank works on."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ class Batch:
     """int32 [b, s], equal for tokens that may see each other; None: all of a sample may."""
     sample_index: Tensor
     """int64 [b], each sample's place in its global batch, whatever the layout."""
+
+    def part(self, places: Tensor) -> Batch:
+        """The tokens at these places of each sample, int64 [s/cp]: [b, s] becomes [b, s/cp].
+
+        Document ids stay whole, since who sees whom takes those of the tokens elsewhere too.
+        """
+        cut = ("tokens", "labels", "loss_mask", "position_ids")
+        return replace(self, **{name: getattr(self, name)[:, places] for name in cut})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on a device."""

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from torch import Tensor
+
 from megazero.base.errors import ConfigError
 from megazero.data.batch import Batch, stack
 from megazero.data.sample import SampleSource
@@ -35,9 +37,11 @@ class GlobalBatches(Iterator[list[Batch]]):
         dp_rank: int,
         dp_size: int,
         consumed_samples: int = 0,
+        part: Tensor | None = None,
         pin_memory: bool = False,
     ) -> None:
-        """`pin_memory`: read into page-locked memory, for GPUs.
+        """`part`: int64, the places of the tokens to keep of each sample, ascending; None keeps all. `pin_memory`: read
+        into page-locked memory, for GPUs.
 
         Raises ConfigError unless global_batch_size is a multiple of micro_batch_size · dp_size.
         """
@@ -51,7 +55,7 @@ class GlobalBatches(Iterator[list[Batch]]):
                 f"global batch of {global_batch_size} samples is not a multiple of micro-batch-size · data-parallel "
                 f"size = {micro_batch_size} · {dp_size}. Change one of them."
             )
-        self.pin_memory = pin_memory
+        self.part, self.pin_memory = part, pin_memory
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: Future[list[Batch]] | None = None
 
@@ -78,5 +82,7 @@ class GlobalBatches(Iterator[list[Batch]]):
             begin = step * stride + self.dp_rank * self.micro_batch_size
             places = range(begin, begin + self.micro_batch_size)
             batch = stack([self.dataset[first + place] for place in places], places)
+            if self.part is not None:
+                batch = batch.part(self.part)
             batches.append(batch.pin_memory() if self.pin_memory else batch)
         return batches

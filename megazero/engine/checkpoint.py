@@ -45,7 +45,7 @@ from megazero.engine.table import Table, read_table
 from megazero.engine.together import Together
 from megazero.parallel.topology import AxisGroup
 
-__all__ = ["Piece", "latest_iteration", "load", "read_state", "retain", "save"]
+__all__ = ["Piece", "latest_iteration", "load", "open_section", "read_state", "retain", "save", "usable_steps"]
 
 STATE, CONFIG = "state.json", "config.yaml"
 _VERIFY_THREADS = 4
@@ -198,6 +198,17 @@ def read_state(directory: str | os.PathLike[str], iteration: int | None) -> dict
     _verify(store, folder, step, {STATE: files[STATE]})
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
+
+
+def open_section(directory: str | os.PathLike[str], iteration: int | None, section: str) -> tuple[Path, Table]:
+    """A section's folder and its tensors by name, all of its files checked; storage.read_tensor reads one of them.
+
+    Not collective: for tools. Raises CheckpointError as `load` does.
+    """
+    store = Path(directory)
+    folder, found, files = _find(store, iteration, [section])
+    _verify(store, folder, found, files)
+    return folder / section, read_table(folder / section)
 
 
 def _find(store: Path, iteration: int | None, sections: list[str]) -> tuple[Path, int, dict[str, FileRecord]]:

@@ -9,7 +9,8 @@ It serves any nn.Module and never imports a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,12 @@ from megazero.engine.checkpoint import Piece
 from megazero.engine.nonfinite import describe
 from megazero.engine.optimizer import ShardOptimizer
 from megazero.parallel.collectives import all_reduce
+from megazero.parallel.pipeline import Pipeline
 from megazero.parallel.random import initial_values
 from megazero.parallel.topology import Topology
 from megazero.zero.zero import Zero
 
+LossSum = Callable[[nn.Module, Any], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -75,11 +78,24 @@ class Engine:
             wire_dtype=torch.bfloat16 if parallel.grad_reduce_in_bf16 else None,
         )
         self.optimizer = ShardOptimizer(self.zero, config.optimizer)
+        self.pipeline: Pipeline | None = None
+
+    def use_pipeline(self, make: Callable[[Callable[[nn.Module], None]], Pipeline]) -> None:
+        """Train through a pipeline of this module's stages from now on. `make` gets what the pipeline is to call when a
+        stage's weight gradients were computed without hooks."""
+        self.pipeline = pipeline = make(self._take_gradients)
+        holders = Counter(p for stage in pipeline.stages for p in stage.module.parameters())
+        self.zero.expect(lambda parameter: pipeline.micro_batches * holders[parameter])
+
+    def _take_gradients(self, stage: nn.Module) -> None:
+        for parameter in stage.parameters():
+            if parameter.grad is not None:
+                self.zero.gradient_ready(parameter)
 
     def train_step(
         self,
         micro_batches: Sequence[Any],
-        loss_sum: Callable[[nn.Module, Any], Tensor],
+        loss_sum: LossSum,
         token_count: float,
         *,
         lr: float,
@@ -96,12 +112,10 @@ class Engine:
         """
         count = self._over_batch(torch.tensor(token_count, dtype=torch.float64, device=self.device))
         denominator = count.clamp(min=1.0).float()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(micro_batches):
-            self.zero.sync = index == len(micro_batches) - 1
-            loss = loss_sum(self.module, batch)
-            (loss / denominator).backward()
-            total += loss.detach()
+        if self.pipeline is None:
+            total = self._accumulate(micro_batches, loss_sum, denominator)
+        else:
+            total = self.pipeline.train([pipeline_inputs(batch) for batch in micro_batches], denominator)
         self.zero.finish_reduction()
         local_loss = total / denominator
         mine = self._speaks_for_replica()
@@ -124,17 +138,31 @@ class Engine:
             self.zero.publish()
         return StepResult(loss_mean, norm, skipped, noticed, warning)
 
+    def _accumulate(self, micro_batches: Sequence[Any], loss_sum: LossSum, denominator: Tensor) -> Tensor:
+        """Forward and backward one after the other; the sum of the losses, fp64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(micro_batches):
+            self.zero.sync = index == len(micro_batches) - 1
+            loss = loss_sum(self.module, batch)
+            (loss / denominator).backward()
+            total += loss.detach()
+        return total
+
     @torch.no_grad()
-    def evaluate(
-        self, micro_batches: Sequence[Any], loss_sum: Callable[[nn.Module, Any], Tensor], token_count: float
-    ) -> tuple[float, float]:
+    def evaluate(self, micro_batches: Sequence[Any], loss_sum: LossSum, token_count: float) -> tuple[float, float]:
         """(sum of token losses, number of tokens) of the global batch, equal on all ranks."""
         self.module.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            total += loss_sum(self.module, batch)
+        if self.pipeline is None:
+            for batch in micro_batches:
+                total += loss_sum(self.module, batch)
+        else:
+            for loss in self.pipeline.forward([pipeline_inputs(batch) for batch in micro_batches]):
+                total += loss
         self.module.train()
         both = self._over_batch(torch.stack([total, torch.full_like(total, token_count)]))
+        if self.pipeline is not None:
+            both = self.pipeline.from_last(both)
         return float(both[0]), float(both[1])
 
     def _over_batch(self, tensor: Tensor) -> Tensor:
@@ -143,7 +171,8 @@ class Engine:
 
     def _speaks_for_replica(self) -> bool:
         """One rank of each model replica counts its loss; the others hold the same one."""
-        return self.topology.group("model").rank == 0
+        has_loss = self.pipeline is None or self.pipeline.has_last
+        return has_loss and self.topology.group("tp").rank == 0
 
     # checkpoint
 
@@ -164,3 +193,9 @@ class Engine:
         """Make masters that were filled from a checkpoint the parameters of every rank."""
         self.zero.publish()
         self.zero.wait_parameters()
+
+
+def pipeline_inputs(batch: Any) -> dict[str, Tensor]:
+    """A micro-batch's tensors with one row a sample, by name: what goes to every stage of a pipeline."""
+    named = batch if isinstance(batch, Mapping) else vars(batch)
+    return {name: value for name, value in named.items() if isinstance(value, Tensor) and name != "places"}

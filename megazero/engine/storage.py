@@ -38,6 +38,7 @@ from torch.futures import Future
 from megazero.base.errors import CheckpointError
 from megazero.engine.manifest import FileRecord, write_file
 from megazero.engine.table import DTYPES, TABLE, StoredBox, StoredTensor, Table, dtype_name, table_bytes
+from megazero.parallel.sharding import Box
 
 PAYLOAD_BYTES = 256 << 20
 """A rank starts another payload file at about this size: threads and ranks then share the checking."""
@@ -201,6 +202,28 @@ class SectionReader(StorageReader):
             raise EOFError
         if not alike:
             target.copy_(buffer.as_strided(tuple(item.lengths), strides))
+
+
+def read_tensor(folder: Path, stored: StoredTensor) -> Tensor:
+    """The whole logical tensor, in the type it is stored in. For tools: a run reads its boxes with SectionReader.
+
+    Raises CheckpointError when a file cannot be read.
+    """
+    whole = torch.empty(stored.shape, dtype=stored.dtype)
+    for box in stored.boxes:
+        part = torch.empty(box.shape, dtype=stored.dtype)
+        memory = _bytes_of(part)
+        path = folder / box.file
+        try:
+            with path.open("rb") as file:
+                file.seek(box.start)
+                read = file.readinto(memory)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        if read != len(memory):
+            raise CheckpointError(f"{path} was cut short while it was read")
+        Box(box.offset, box.shape).of(whole).copy_(part)
+    return whole
 
 
 def _data(item: WriteItem) -> Any:

@@ -21,7 +21,7 @@ class MLP(nn.Module):
     def __init__(self, name: str, config: TransformerConfig, topology: Topology) -> None:
         super().__init__()
         assert config.ffn_hidden_size
-        self.group = topology.group("tp")
+        self.topology = topology
         h, ffn, bias, std = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear, config.init_method_std
         inward = {"bias": bias, "init_std": std, "enter": False}
         self.gate_proj: nn.Module | None = None
@@ -34,7 +34,10 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(f"{name}.down_proj", ffn, h, topology, bias=bias, init_std=out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter_tensor_parallel(x, self.group)
+        return self.entered(enter_tensor_parallel(x, self.topology))
+
+    def entered(self, x: Tensor) -> Tensor:
+        """The same, of an x that has passed `enter_tensor_parallel`."""
         if self.gate_proj is not None:
             return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(self.activation(self.up_proj(x)))

@@ -21,12 +21,10 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = config.norm_epsilon
-        tp = topology.group("tp")
-        grad_sum = tp if partial and tp.size > 1 else None
-        self.weight = replicated(f"{name}.weight", (width,), topology, init_fill=1.0, grad_sum=grad_sum)
+        self.weight = replicated(f"{name}.weight", (width,), topology, partial=partial, init_fill=1.0)
         self.bias = None
         if config.normalization == "LayerNorm":
-            self.bias = replicated(f"{name}.bias", (width,), topology, grad_sum=grad_sum)
+            self.bias = replicated(f"{name}.bias", (width,), topology, partial=partial)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:

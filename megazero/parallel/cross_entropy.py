@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megazero.ops.cross_entropy import exponentiate_, softmax_gradient_
 from megazero.parallel.collectives import all_gather
-from megazero.parallel.tensor import enter_tensor_parallel
 from megazero.parallel.topology import AxisGroup
 
 # Logits in one chunk: small enough for a CPU's cache, large enough to fill a GPU.
@@ -36,7 +35,7 @@ def linear_cross_entropy(
     """Sum over tokens of loss_mask · cross-entropy of hidden @ weightᵀ.
 
     Args:
-        hidden: [T, h], equal on all tp ranks.
+        hidden: [T, h], equal on all tp ranks; its gradient is a part that is still to be summed over tp.
         weight: this rank's rows of the (padded) output matrix, [v, h].
         labels: int64 [T], each < vocab_size. loss_mask: [T].
         vocab_size: rows beyond it are padding and not part of the softmax.
@@ -47,7 +46,6 @@ def linear_cross_entropy(
     """
     real = min(max(vocab_size - first_row, 0), weight.shape[0])
     chunk = chunk_tokens or max(_CHUNK_ELEMENTS.get(hidden.device.type, 1 << 27) // max(weight.shape[0], 1), 16)
-    hidden = enter_tensor_parallel(hidden, group)
     loss: Tensor = _LinearCrossEntropy.apply(
         hidden, weight, labels, loss_mask.float(), first_row, real, group, chunk, torch.is_grad_enabled()
     )

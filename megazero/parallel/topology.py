@@ -14,12 +14,14 @@ process is not a special case.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megazero.base.errors import ConfigError
 from megazero.config.layout import check_world_size
+from megazero.parallel.traffic import Traffic
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
 EXPERT_AXES = ("pp", "expert_dp", "ep")
@@ -36,6 +38,8 @@ class AxisGroup:
     """This process's position in `ranks`."""
     handle: dist.ProcessGroup | None
     """None for a group of one member, which never communicates."""
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+    """Where communication over this group is counted: the topology's."""
 
     @property
     def size(self) -> int:
@@ -52,10 +56,16 @@ class Topology:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    sequence_parallel: bool = False
+    """The residual stream is split over tp along the sequence; never true at tp = 1."""
+    cp_comm: Literal["p2p", "a2a"] = "p2p"
+    """How attention sees the whole sequence: a ring, or an exchange of heads."""
     rank: int = 0
     groups: tuple[AxisGroup, ...] = ()
     """pp, dp, cp, tp, zero (dp and cp flattened: the ranks that hold the same parameters), model (pp and tp flattened:
     one replica of the model), expert_dp, ep, world."""
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+    """What this rank has handed to the network so far."""
     _subgroups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,14 +109,22 @@ class Topology:
         whole = self.group(axis)
         assert whole.size % size == 0
         first = whole.rank // size * size
-        ranks = whole.ranks[first : first + size]
-        if size == whole.size or size == 1:
-            return AxisGroup(axis, ranks, whole.rank - first, whole.handle if size == whole.size else None)
-        handle = self._subgroups.get(ranks)
-        if handle is None:
-            handle = dist.new_group(list(ranks), use_local_synchronization=True)
-            self._subgroups[ranks] = handle
-        return AxisGroup(axis, ranks, whole.rank - first, handle)
+        return self.members(axis, tuple(range(first, first + size)))
+
+    def members(self, axis: str, positions: tuple[int, ...]) -> AxisGroup:
+        """The ranks at these positions of an axis, this rank among them (the two ends of pp that share an embedding).
+
+        Only the members need to call it, all of them in the same order.
+        """
+        whole = self.group(axis)
+        ranks, handle = tuple(whole.ranks[position] for position in positions), None
+        if len(ranks) == whole.size:
+            handle = whole.handle
+        elif len(ranks) > 1:
+            if ranks not in self._subgroups:
+                self._subgroups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            handle = self._subgroups[ranks]
+        return AxisGroup(axis, ranks, positions.index(whole.rank), handle, self.traffic)
 
     @classmethod
     def single(cls) -> Topology:
@@ -116,7 +134,16 @@ class Topology:
 
     @classmethod
     def build(
-        cls, *, pp: int = 1, dp: int | None = None, cp: int = 1, tp: int = 1, ep: int = 1, device_type: str = "cpu"
+        cls,
+        *,
+        pp: int = 1,
+        dp: int | None = None,
+        cp: int = 1,
+        tp: int = 1,
+        ep: int = 1,
+        sequence_parallel: bool = False,
+        cp_comm: Literal["p2p", "a2a"] = "p2p",
+        device_type: str = "cpu",
     ) -> Topology:
         """The topology of the initialised default process group (or of one process if there is none).
 
@@ -127,7 +154,9 @@ class Topology:
         world = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
         check_world_size(world, pp=pp, cp=cp, tp=tp, dp=dp)
-        shape = cls(pp=pp, dp=world // (pp * cp * tp), cp=cp, tp=tp, ep=ep, rank=rank)
+        split = sequence_parallel and tp > 1
+        dp = world // (pp * cp * tp)
+        shape = cls(pp, dp, cp, tp, ep, sequence_parallel=split, cp_comm=cp_comm, rank=rank)
         if world == 1:
             return cls.single()
         mesh = init_device_mesh(device_type, (pp, shape.dp, cp, tp), mesh_dim_names=AXES)
@@ -140,7 +169,7 @@ class Topology:
             *(_axis_group(axis, experts[axis], rank) for axis in EXPERT_AXES[1:]),
             AxisGroup("world", tuple(range(world)), rank, dist.group.WORLD),
         ]
-        return replace(shape, groups=tuple(groups))
+        return replace(shape, groups=tuple(replace(group, traffic=shape.traffic) for group in groups))
 
     @classmethod
     def fake(
@@ -153,6 +182,8 @@ class Topology:
         cp: int = 1,
         tp: int = 1,
         ep: int = 1,
+        sequence_parallel: bool = False,
+        cp_comm: Literal["p2p", "a2a"] = "p2p",
     ) -> Topology:
         """Any world size in one process, over torch's fake process group: collectives return at once, moving nothing.
 
@@ -165,7 +196,7 @@ class Topology:
             raise RuntimeError("Topology.fake needs a process without a process group; destroy the present one first")
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
-            return cls.build(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep)
+            return cls.build(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep, sequence_parallel=sequence_parallel, cp_comm=cp_comm)
         except ConfigError:
             dist.destroy_process_group()
             raise

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
 
 from megazero.base.device import measure_gemm_flops, memory_bytes, peak_flops
 from megazero.base.errors import ConfigError, DataError
@@ -26,9 +25,9 @@ from megazero.data.loader import GlobalBatches
 from megazero.data.sample import SampleSource
 from megazero.engine.engine import DTYPES, StepResult
 from megazero.engine.lr import LearningRate
-from megazero.models.gpt import Inputs
-from megazero.ops.dropout import Randomness
 from megazero.parallel.collectives import gather_objects
+from megazero.parallel.context import local_places
+from megazero.parallel.traffic import by_axis
 from megazero.plan.flops import flops_per_token
 from megazero.train.entry import explain_lost_ranks
 from megazero.train.metrics import Metrics
@@ -45,7 +44,7 @@ def pretrain(config: RunConfig) -> None:
             try:
                 Loop(run, progress, rate, metrics, stop).train()
             except RuntimeError as error:
-                explain_lost_ranks(error, progress.iteration)
+                explain_lost_ranks(error, progress.iteration, run.topology)
                 raise
 
 
@@ -151,13 +150,16 @@ class Loop:
         limit = run.config.training.exit_duration_in_mins
         if limit is not None and time.monotonic() - self.started >= limit * 60:
             self.stop.reason = self.stop.reason or f"--exit-duration-in-mins {limit:g}"
+        before = run.topology.traffic.totals()
+        run.forward.step = progress.iteration
         result = run.engine.train_step(
-            batches,
-            self._loss_sum,
+            self._on_device(batches),
+            run.forward.loss_sum,
             count,
             lr=self.learning_rate,
             notice=1.0 if self.stop.reason else 0.0,
         )
+        self.traffic = run.topology.traffic.since(before)
         progress.iteration += 1
         progress.consumed_samples += self.batch
         progress.consumed_tokens += self.tokens_per_step
@@ -176,17 +178,11 @@ class Loop:
             return True
         return False
 
-    def _loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        run = self.run
-        batch = batch.to(run.device, non_blocking=True)
-        randomness = Randomness(run.config.training.seed, self.progress.iteration, batch.sample_index)
-        positions = batch.position_ids if run.config.data.reset_position_ids else None
-        inputs = Inputs(batch.tokens, randomness, positions, batch.document_ids)
-        loss: Tensor = model(inputs, batch.labels, batch.loss_mask)
-        return loss
+    def _on_device(self, batches: list[Batch]) -> list[Batch]:
+        return [batch.to(self.run.device, non_blocking=True) for batch in batches]
 
     def _batches(self, dataset: SampleSource, consumed: int) -> GlobalBatches:
-        dp, training = self.run.topology.group("dp"), self.run.config.training
+        dp, cp, training = self.run.topology.group("dp"), self.run.topology.group("cp"), self.run.config.training
         return GlobalBatches(
             dataset,
             micro_batch_size=training.micro_batch_size,
@@ -194,6 +190,7 @@ class Loop:
             dp_rank=dp.rank,
             dp_size=dp.size,
             consumed_samples=consumed,
+            part=local_places(self.run.config.data.seq_length, cp) if cp.size > 1 else None,
             pin_memory=self.run.device.type == "cuda",
         )
 
@@ -205,7 +202,7 @@ class Loop:
         total = tokens = 0.0
         for batches in self._batches(valid, 0):
             count = float(sum(batch.loss_mask.sum().item() for batch in batches))
-            part, part_tokens = self.run.engine.evaluate(batches, self._loss_sum, count)
+            part, part_tokens = self.run.engine.evaluate(self._on_device(batches), self.run.forward.loss_sum, count)
             total, tokens = total + part, tokens + part_tokens
         self.metrics.validation(
             {
@@ -220,6 +217,7 @@ class Loop:
         finite = [loss for loss in interval.losses if math.isfinite(loss)]
         seconds = (time.perf_counter() - interval.began) / steps
         per_device = self.flops_per_step / seconds / self.run.topology.world_size
+        sent, calls = by_axis(self.traffic)
         self.metrics.step(
             {
                 "iteration": progress.iteration,
@@ -234,6 +232,8 @@ class Loop:
                 "tflops_per_device": per_device / 1e12,
                 "mfu": per_device / self.peak,
                 "memory_bytes": memory_bytes(self.run.device),
+                "communication_bytes": sent,
+                "communication_calls": calls,
                 "skipped_iterations": progress.skipped,
             },
             nan_iterations=steps - len(finite),

@@ -111,6 +111,9 @@ class Summary:
     """Median over the log intervals, so that compilation and pauses don't count."""
     tflops_per_device: float | None
     mfu: float | None
+    communication_bytes: dict[str, dict[str, int]]
+    """Of rank 0 in the last step on record, by axis and operation."""
+    communication_calls: dict[str, dict[str, int]]
 
     def text(self) -> str:
         """The summary for people, with the files to look at next."""
@@ -130,10 +133,21 @@ class Summary:
                 f"  speed            {self.tokens_per_second:,.0f} tokens/s, "
                 f"{self.tflops_per_device:.3g} TFLOP/s per device{share} (medians)"
             )
+        lines += self._communication()
         found = [(name, what) for name, what in _LOOK_NEXT if (self.folder / name).exists()]
         if found:
             lines += [f"Where to look next, in {self.folder}/:", *(f"  {name:<15}{what}" for name, what in found)]
         return "\n".join(lines)
+
+    def _communication(self) -> list[str]:
+        """A line for each axis and operation; none where nothing was sent."""
+        lines = []
+        for axis, operations in self.communication_bytes.items():
+            for name, sent in operations.items():
+                calls = self.communication_calls.get(axis, {}).get(name)
+                times = "" if calls is None else f" in {calls:,} call{'s' * (calls != 1)}"
+                lines.append(f"    {axis:<8}{name:<16}{sent / 2**20:>12,.3f} MiB{times}")
+        return ["  communication    sent by rank 0 in a step, by axis and operation", *lines] if lines else []
 
 
 _LOOK_NEXT = (
@@ -160,6 +174,8 @@ def summary(metrics: Path) -> Summary:
         tokens_per_second=_median(steps, "tokens_per_second"),
         tflops_per_device=_median(steps, "tflops_per_device"),
         mfu=_median(steps, "mfu"),
+        communication_bytes=steps[-1].get("communication_bytes", {}) if steps else {},
+        communication_calls=steps[-1].get("communication_calls", {}) if steps else {},
     )
 
 

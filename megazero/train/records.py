@@ -38,6 +38,11 @@ class StepRecord(TypedDict):
     mfu: float | None
     """Share of the device's peak, 0 to 1; None where the peak is unknown."""
     memory_bytes: int
+    communication_bytes: dict[str, dict[str, int]]
+    """What rank 0 handed to the network in the interval's last step, by axis and operation; parallel/traffic.py says
+    what is counted."""
+    communication_calls: dict[str, dict[str, int]]
+    """The same in calls."""
     skipped_iterations: int
     """Since the beginning of training, because of non-finite losses or gradients."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megazero.inference.generate import generate
-from megazero.models.gpt import Inputs
-from megazero.ops.dropout import Randomness
 from megazero.train.metrics import Metrics
 from megazero.train.setup import Run
 
@@ -28,15 +28,9 @@ def continue_prompt(run: Run) -> str | None:
     prompt, tokenizer = run.config.training.sample_prompt, run.tokenizer
     if prompt is None or tokenizer is None:
         return None
-    run.model.eval()
-    nobody = Randomness(0, 0, torch.zeros(1, dtype=torch.int64))  # no dropout in eval
-
-    def logits(tokens: Tensor) -> Tensor:
-        result: Tensor = run.model(Inputs(tokens, nobody))
-        return result
-
+    run.engine.module.eval()
     ids = generate(
-        logits,
+        partial(logits, run),
         tokenizer.encode(prompt),
         new_tokens=run.config.training.sample_tokens,
         window=run.config.data.seq_length,
@@ -44,5 +38,19 @@ def continue_prompt(run: Run) -> str | None:
         seed=run.config.training.seed,
         device=run.device,
     )
-    run.model.train()
+    run.engine.module.train()
     return tokenizer.decode(ids)
+
+
+def logits(run: Run, tokens: Tensor) -> Tensor:
+    """tokens [1, s] -> logits [1, s, vocab] on every rank: all tokens go through every rank, or stage, of a replica."""
+    length, parts = tokens.shape[1], run.topology.size("tp")
+    padded = F.pad(tokens, (0, -length % parts))  # sequence parallelism splits evenly; causality hides what follows
+    pipeline, through = run.engine.pipeline, run.forward.through
+    if pipeline is None:
+        return through(run.engine.module, {"tokens": padded}, None)[:, :length]
+    found = pipeline.forward([{"tokens": padded}])
+    vocab = run.config.model.vocab_size
+    assert vocab is not None
+    whole = found[0] if found else torch.empty(1, padded.shape[1], vocab, device=run.device)
+    return pipeline.from_last(whole.contiguous())[:, :length]

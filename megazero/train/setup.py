@@ -27,9 +27,10 @@ from megazero.config.validate import resolve
 from megazero.data.build import Datasets, build_datasets
 from megazero.data.tokenizer import Tokenizer, build_tokenizer
 from megazero.engine.engine import Engine
-from megazero.models.gpt import GPT
 from megazero.parallel.liveness import answering_roll_calls
 from megazero.parallel.topology import Topology
+from megazero.plan.cut import cut_layers, describe_cut
+from megazero.train.build import Forward, build_engine
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Run:
     device: torch.device
     tokenizer: Tokenizer | None
     datasets: Datasets
-    model: GPT
     engine: Engine
+    forward: Forward
     log: Log
 
 
@@ -74,17 +75,16 @@ def set_up(config: RunConfig) -> Iterator[Run]:
             cp=parallel.context_parallel_size,
             tp=parallel.tensor_model_parallel_size,
             ep=parallel.expert_model_parallel_size,
+            sequence_parallel=bool(parallel.sequence_parallel),
+            cp_comm=parallel.cp_comm_type,
             device_type=device.type,
         )
         datasets = _datasets(config, tokenizer, topology)
-        model = GPT(config.model, topology)
-        units = [f"model.layers.{index}" for index in range(config.model.num_layers)]
-        engine = Engine(model, topology, config, device, units)
-        if config.training.compile:
-            for layer in model.model.layers:
-                layer.compile()
+        engine, forward = build_engine(config, topology, device)
+        if topology.size("pp") > 1:
+            log.main(describe_cut(cut_layers(config)))
         with answering_roll_calls():
-            yield Run(config, launch, topology, device, tokenizer, datasets, model, engine, log)
+            yield Run(config, launch, topology, device, tokenizer, datasets, engine, forward, log)
     finally:
         shutdown_distributed()
 

@@ -7,7 +7,7 @@ everything all the same. Only rank 0 opens trackers.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -126,5 +126,14 @@ def _run_id(path: Path, resumed_at: int) -> str:
 
 
 def _measured(record: Record) -> dict[str, Any]:
-    """What there is a number for, without the iteration itself."""
-    return {key: value for key, value in record.items() if value is not None and key != "iteration"}
+    """What there is a number for, without the iteration itself; {"a": {"b": 1}} becomes {"a/b": 1}."""
+    flat = _flat("", record)
+    return {key: value for key, value in flat if value is not None and key != "iteration"}
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{key}/", value)
+        else:
+            yield f"{prefix}{key}", value

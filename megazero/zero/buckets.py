@@ -55,6 +55,7 @@ class Bucket:
         quantum = group.size * ALIGNMENT
         self.numel = at
         self.length = -(-at // quantum) * quantum
+        self.padding = self.length - self.numel
         width = self.length // group.size
         self.slice = (group.rank * width, (group.rank + 1) * width)
         """This rank's slice: it reduces, measures and saves this part."""

@@ -70,7 +70,7 @@ class Zero:
         """Sum of each bucket's gradients on this rank alone, in the last reduction."""
         self._gathers: dict[int, Pending] = {}
         self._reductions: list[Pending] = []
-        self._begin()
+        self.expect(lambda parameter: 1)
         self.sync = True
         """False while a backward only accumulates: the boundary of gradient accumulation is a later one."""
         for parameter in self._home:
@@ -80,9 +80,14 @@ class Zero:
 
     # gradients
 
+    def expect(self, arrivals: Callable[[nn.Parameter], int]) -> None:
+        """How often a gradient comes at the boundary until it is whole: in a pipeline once a micro-batch and stage."""
+        self._arrivals = {parameter: arrivals(parameter) for parameter in self._home}
+        self._begin()
+
     def _begin(self) -> None:
         self._filled: set[nn.Parameter] = set()
-        self._missing = [len(bucket.placed) for bucket in self.buckets]
+        self._missing = [sum(self._arrivals[place.parameter] for place in bucket.placed) for bucket in self.buckets]
         self._next = 0  # buckets before this one are on their way
         self._reductions = []
 
@@ -114,7 +119,7 @@ class Zero:
                 bucket.grads[place.start : place.stop].zero_()
         # A sum is finite exactly when its terms are (overflow aside): tells later which rank made a bad gradient.
         self.local_sums.append(bucket.grads.sum())
-        self._reductions.append(reduce_scatter_slices(bucket.grads, self.group, self.wire_dtype))
+        self._reductions.append(reduce_scatter_slices(bucket.grads, self.group, self.wire_dtype, bucket.padding))
 
     @torch.no_grad()
     def finish_reduction(self) -> None:
@@ -128,7 +133,7 @@ class Zero:
             if bucket.grad_sum is not None:
                 all_reduce(bucket.grads[bucket.slice[0] : bucket.slice[1]], bucket.grad_sum)
             if not self.lifetimes.optimizer_sharded:
-                gathers.append(all_gather_slices(bucket.grads, self.group))
+                gathers.append(all_gather_slices(bucket.grads, self.group, bucket.padding))
         for pending in gathers:
             pending.wait()
         self._begin()
@@ -142,7 +147,7 @@ class Zero:
             bucket = self.buckets[index]
             bucket.cast_master()
             if self.lifetimes.optimizer_sharded and self.group.size > 1:
-                self._gathers[index] = all_gather_slices(bucket.values, self.group)
+                self._gathers[index] = all_gather_slices(bucket.values, self.group, bucket.padding)
         if not self.overlap_gather:
             self.wait_parameters()
 
@@ -230,7 +235,6 @@ class Zero:
         return [(bucket, bucket.owned[0], bucket.master) for bucket in self.buckets]
 
 
-@torch.compiler.disable  # a compiled unit starts with this, and compiles what follows
 def _wait_hook(zero: Zero, indices: list[int], module: nn.Module, args: object) -> None:
     zero.wait_parameters(indices)
 

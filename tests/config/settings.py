@@ -21,7 +21,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     if origin is Literal:
         return st.sampled_from(typing.get_args(kind))
     if origin is tuple:
-        return st.lists(st.text(), max_size=3).map(tuple)
+        return st.lists(values(typing.get_args(kind)[0]), max_size=3).map(tuple)
     return {
         int: st.integers(-(10**18), 10**18),
         float: st.floats(allow_nan=False, allow_infinity=False),

@@ -66,6 +66,7 @@ def test_takes(value: object, kind: Any, decoded: object) -> None:
         (True, Literal[0, 1], "expected one of 0, 1, got True."),
         ("green", Colour | None, "expected one of red, blue, got 'green'."),
         ({"a": 1}, tuple[str, ...], "expected a list of texts, got {'a': 1}; write [a, b]."),
+        ("red RED", tuple[Colour, ...], "expected one of red, blue, got 'RED'. Did you mean 'red'?"),
         ([True], tuple[str, ...], "expected a list of texts, got [True]; write [a, b]."),
     ],
 )
@@ -91,6 +92,7 @@ def test_describes_types_in_words() -> None:
     assert describe(int | None) == "a whole number"
     assert describe(Colour) == "one of red, blue"
     assert describe(tuple[str, ...]) == "a list of texts"
+    assert describe(tuple[Colour, ...]) == "some of red, blue"
     assert [describe(kind) for kind in (float, bool, str)] == ["a number", "true or false", "text"]
 
 

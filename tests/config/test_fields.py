@@ -21,7 +21,7 @@ def test_table_has_every_field_of_every_section() -> None:
 
 def test_flags_are_unique_and_collide_with_nothing() -> None:
     flags = [field.flag for field in FIELDS.values()]
-    negations = [f"--no-{field.flag[2:]}" for field in FIELDS.values() if field.kind is bool]
+    negations = [f"--no-{field.flag[2:]}" for field in FIELDS.values() if field.is_switch]
     every = [*flags, *negations, *ALIASES, GROUP_QUERY_ATTENTION, "--recipe", "--print-config", "--help"]
     assert len(set(every)) == len(every)
     assert [flag for flag in every if explain(flag)] == []

@@ -206,6 +206,8 @@ def test_help_is_grouped_and_shows_defaults(
     assert "--overlap-grad-reduce, --no-overlap-grad-reduce" in text
     assert "(default: on)" in text
     assert "--normalization {RMSNorm,LayerNorm}" in text
+    assert "--recompute-modules {core_attn,mlp,layernorm}" in text
+    assert "(default: core_attn)" in text
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--nonsense"], ["--recipe", "debug_cpu.yaml", "--print-config"]])

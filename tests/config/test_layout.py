@@ -12,6 +12,7 @@ from megazero.config.layout import (
     near_divisors,
     neighbours,
     padded_vocab_size,
+    parse_bytes,
     parse_split,
     smallest_world_size,
 )
@@ -101,4 +102,30 @@ def test_malformed_split(text: str) -> None:
     assert str(error.value) == (
         f"--split {text!r} is not a split: give one to three numbers >= 0 for train, validation and test, the first "
         "above 0, such as 969,30,1."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("80GiB", 80 * 2**30),
+        ("80 GB", 80 * 10**9),
+        ("141e9", 141 * 10**9),
+        ("1.5TiB", 3 * 2**39),
+        ("512mib", 2**29),
+        ("100", 100),
+        ("7B", 7),
+    ],
+)
+def test_bytes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "80 Gib/s", "80G", "-1GiB", "0", "0.1", "1e999", "nan", "80 GiBytes"])
+def test_malformed_bytes(text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_bytes(text)
+    assert str(error.value) == (
+        f"--device-memory {text!r} is not a size: a number, followed by GiB, GB, MiB or another such unit, or by "
+        "nothing for bytes. Use 80GiB, for instance."
     )

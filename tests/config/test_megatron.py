@@ -83,13 +83,13 @@ def test_every_flag_of_megatron_is_ours_or_explained() -> None:
             "--lr-decay-samples: the schedule counts steps; use --lr-decay-iters (samples / global-batch-size).",
         ),
         (
-            ["--sequence-parallel"],
-            "--sequence-parallel: sequence parallelism is not available in this version; remove it.",
+            ["--account-for-loss-in-pipeline-split"],
+            "--account-for-loss-in-pipeline-split: layers are cut into stages by cost, embedding and loss included; "
+            "remove it.",
         ),
         (
-            ["--recompute-granularity", "full"],
-            "--recompute-granularity: recomputation of activations is not available in this version; "
-            "lower --micro-batch-size.",
+            ["--checkpoint-activations"],
+            "--checkpoint-activations: renamed to --recompute-granularity full.",
         ),
         (
             ["--rampup-batch-size", "32", "32", "1000"],

@@ -178,12 +178,13 @@ def test_the_scan_sees_reads_and_nothing_else(source: str, found: set[str]) -> N
 
 
 def read_keys() -> dict[str, set[str]]:
-    """Recipe key -> the modules outside megazero/config that read it."""
+    """Recipe key -> the modules outside megazero/config, and entry points, that read it."""
     files = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "config"]
+    files += sorted(PACKAGE.parent.glob("*.py"))
     keys: dict[str, set[str]] = {}
     for path in files:
         for key in reads(path.read_text()):
-            keys.setdefault(key, set()).add(path.relative_to(PACKAGE).as_posix())
+            keys.setdefault(key, set()).add(path.relative_to(PACKAGE.parent).as_posix())
     return keys
 
 

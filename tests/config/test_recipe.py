@@ -13,7 +13,7 @@ from megazero.base.errors import ConfigError
 from megazero.config import recipe as recipe_module
 from megazero.config.fields import FIELDS, value_of
 from megazero.config.layers import Setting, assemble
-from megazero.config.recipe import RECIPES, parse_recipe, read_recipe, to_yaml
+from megazero.config.recipe import RECIPES, parse_recipe, read_recipe, resolved_values, to_yaml
 from megazero.config.schema import RunConfig, TrainingConfig
 from megazero.config.validate import resolve
 from tests.config.settings import config_with, layers
@@ -68,7 +68,10 @@ def test_reads_values_by_the_fields_types() -> None:
         ),
         ("a: 1\n---\nb: 2\n", "r.yaml line 2: not valid YAML: but found another document. Correct that line."),
         ("model: !!python/object:os.system {}\n", "r.yaml line 1: not valid YAML: could not determine a constructor"),
-        ("", "r.yaml: a recipe is a mapping of sections (model, parallel, data, training, optimizer, checkpoint, "),
+        (
+            "",
+            "r.yaml: a recipe is a mapping of sections (model, parallel, data, training, recompute, dry_run, ",
+        ),
         ("# nothing\n", "r.yaml: a recipe is a mapping of sections"),
         ("- model\n", "r.yaml: a recipe is a mapping of sections"),
         ("base: [a, b]\n", "r.yaml: base: expected the name of one recipe, got ['a', 'b']."),
@@ -228,3 +231,20 @@ def test_a_value_set_by_a_program_says_so() -> None:
 def test_checkouts_recipes_are_where_the_reader_looks() -> None:
     assert (RECIPES / "debug_cpu.yaml").is_file()
     assert value_of(assemble(read_recipe("debug_cpu.yaml")), "model.num_layers") == 16
+
+
+def test_what_was_written_is_read_back_with_the_derived_values() -> None:
+    config = resolve(config_with(model__num_layers=3, logging__wandb_exp_name="a: b # c"), 1)
+    values = resolved_values(to_yaml(config), "config.yaml")
+    assert values.keys() == FIELDS.keys()
+    as_written = {key: value_of(config, key) for key in FIELDS}
+    assert values == {key: list(v) if isinstance(v, tuple) else v for key, v in as_written.items()}
+    assert config.origins["model.ffn_hidden_size"].startswith("derived")
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "model: 3"])
+def test_what_is_no_config_of_a_run_is_refused(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"c\.yaml is not the config\.yaml of a run: it should be a mapping of sections"
+    ):
+        resolved_values(text, "c.yaml")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megazero.config.flags import parse_run_config
+from megazero.config.layout import smallest_world_size
 from megazero.config.recipe import RECIPES
 from megazero.config.schema import RunConfig
 from megazero.config.validate import resolve
@@ -25,13 +26,13 @@ def recipe(name: str, *flags: str) -> RunConfig:
 
 
 def test_the_promised_recipes_are_there() -> None:
-    assert {"debug_cpu.yaml", "gpt2_124m.yaml", "llama3_8b.yaml", "llama3.2_1b.yaml"} <= set(NAMES)
+    assert {"debug_cpu.yaml", "gpt2_124m.yaml", "llama3_8b.yaml", "llama3.2_1b.yaml", "llama3_405b.yaml"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_resolves(name: str) -> None:
     config = recipe(name)
-    resolved = resolve(config, config.parallel.tensor_model_parallel_size)
+    resolved = resolve(config, smallest_world_size(config))
     assert resolved.training.train_iters is not None
 
 
@@ -62,7 +63,8 @@ def test_arithmetic_in_the_comments(name: str) -> None:
 
 
 def test_tokens_of_a_step() -> None:
-    for name, tokens in {"debug_cpu.yaml": 2_048, "gpt2_124m.yaml": 491_520, "llama3.2_1b.yaml": 1_048_576}.items():
+    steps = {"debug_cpu.yaml": 2_048, "gpt2_124m.yaml": 491_520, "llama3.2_1b.yaml": 1_048_576}
+    for name, tokens in {**steps, "llama3_405b.yaml": 16_777_216}.items():
         config = recipe(name)
         assert (config.training.global_batch_size or 0) * config.data.seq_length == tokens
         assert f"{tokens:,} a step" in (RECIPES / name).read_text()

@@ -37,16 +37,62 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         "Start 4 or 8 ranks, or change the parallel sizes.",
     ),
     (
-        2,
-        {"parallel__pipeline_model_parallel_size": 2},
-        "--pipeline-model-parallel-size 2: pipeline parallelism is not available in this version. "
-        "Use --pipeline-model-parallel-size 1.",
+        3,
+        {"parallel__context_parallel_size": 3, "data__seq_length": 1024},
+        "--seq-length 1024 is not divisible by 6 for --context-parallel-size 3: each rank takes two of 2 · cp = 6 "
+        "equal chunks. Use --seq-length 1020 or 1026, or --context-parallel-size 2 or 4.",
+    ),
+    (
+        8,
+        {
+            "parallel__context_parallel_size": 2,
+            "parallel__tensor_model_parallel_size": 4,
+            "parallel__sequence_parallel": True,
+            "data__seq_length": 1028,
+        },
+        "--seq-length 1028 is not divisible by 8 for --context-parallel-size 2: each rank takes two of 2 · cp = 4 "
+        "equal chunks, and tp = 4 ranks share its tokens with --sequence-parallel. Use --seq-length 1024 or 1032, or "
+        "--context-parallel-size 1.",
+    ),
+    (
+        4,
+        {
+            "parallel__context_parallel_size": 4,
+            "parallel__cp_comm_type": "a2a",
+            "model__num_attention_heads": 6,
+            "model__hidden_size": 48,
+        },
+        "--num-attention-heads 6 is not divisible by tp · cp = 1 · 4 = 4: --cp-comm-type a2a gives each rank whole "
+        "heads. Use --context-parallel-size 3 or 6, --num-attention-heads 4 or 8, or --cp-comm-type p2p.",
+    ),
+    (
+        4,
+        {
+            "parallel__context_parallel_size": 4,
+            "parallel__cp_comm_type": "a2a",
+            "model__num_attention_heads": 6,
+            "model__hidden_size": 48,
+            "model__attention_dropout": 0.1,
+        },
+        "--num-attention-heads 6 is not divisible by tp · cp = 1 · 4 = 4: --cp-comm-type a2a gives each rank whole "
+        "heads. Use --context-parallel-size 3 or 6, --num-attention-heads 4 or 8.",
     ),
     (
         2,
-        {"parallel__context_parallel_size": 2},
-        "--context-parallel-size 2: context parallelism is not available in this version. "
-        "Use --context-parallel-size 1.",
+        {"parallel__context_parallel_size": 2, "model__attention_dropout": 0.1},
+        "--attention-dropout 0.1 with --context-parallel-size 2 and --cp-comm-type p2p (default): a ring never has a "
+        "row of attention probabilities together to drop from. Use --attention-dropout 0, or --cp-comm-type a2a.",
+    ),
+    (
+        3,
+        {
+            "parallel__context_parallel_size": 3,
+            "data__seq_length": 1026,
+            "model__attention_dropout": 0.1,
+            "model__num_query_groups": 8,
+        },
+        "--attention-dropout 0.1 with --context-parallel-size 3 and --cp-comm-type p2p (default): a ring never has a "
+        "row of attention probabilities together to drop from. Use --attention-dropout 0.",
     ),
     (
         2,
@@ -80,7 +126,12 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (
         3,
-        {"parallel__tensor_model_parallel_size": 3, "model__num_query_groups": 1, "model__vocab_size": 384},
+        {
+            "parallel__tensor_model_parallel_size": 3,
+            "model__num_query_groups": 1,
+            "model__vocab_size": 384,
+            "data__seq_length": 1026,
+        },
         "--num-attention-heads 8 is not divisible by --tensor-model-parallel-size 3: each rank holds whole heads. "
         "Use --tensor-model-parallel-size 2 or 4, or --num-attention-heads 6 or 9.",
     ),
@@ -119,6 +170,19 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
         },
         "--vocab-size 99 padded to a multiple of 10 is 100, which is not divisible by --tensor-model-parallel-size 8: "
         "the embedding's rows are split evenly. Use --make-vocab-size-divisible-by 40.",
+    ),
+    (
+        3,
+        {
+            "parallel__tensor_model_parallel_size": 3,
+            "model__num_attention_heads": 12,
+            "model__hidden_size": 96,
+            "model__num_query_groups": 1,
+            "model__ffn_hidden_size": 96,
+            "model__vocab_size": 384,
+        },
+        "--seq-length 1024 (default) is not divisible by --tensor-model-parallel-size 3: sequence parallelism splits "
+        "the tokens evenly. Use --seq-length 1023 or 1026, or --no-sequence-parallel.",
     ),
     (
         1,
@@ -297,7 +361,11 @@ def test_range_ends() -> None:
 
 def test_all_problems_are_reported_at_once_with_where_the_values_came_from() -> None:
     config = config_with(
-        parallel__tensor_model_parallel_size=3, data__mock_data=False, training__train_iters=None, model__num_layers=0
+        parallel__tensor_model_parallel_size=3,
+        parallel__sequence_parallel=False,
+        data__mock_data=False,
+        training__train_iters=None,
+        model__num_layers=0,
     )
     config = with_settings(config, {"model.num_attention_heads": Setting(8, "recipes/x.yaml")})
     with pytest.raises(ConfigError) as error:

@@ -108,3 +108,17 @@ def test_an_error_in_reading_reaches_the_loop():
 def test_indivisible_batch():
     with pytest.raises(ConfigError, match=r"global batch of 12 .* = 2 · 5"):
         batches(dp=5)
+
+
+def test_a_part_of_each_sample():
+    """Context parallelism: some places of each sample; document ids of all of them."""
+    part = torch.tensor([0, 1, 14, 15])
+    whole = list(batches())
+    cut = list(GlobalBatches(mock(), micro_batch_size=2, global_batch_size=12, dp_rank=0, dp_size=1, part=part))
+    assert len(cut) == len(whole) == 4
+    pairs = [pair for steps in zip(whole, cut, strict=True) for pair in zip(*steps, strict=True)]
+    for all_of, some in pairs:
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert torch.equal(getattr(some, name), getattr(all_of, name)[:, part]), name
+        assert torch.equal(some.document_ids, all_of.document_ids)
+        assert torch.equal(some.sample_index, all_of.sample_index)

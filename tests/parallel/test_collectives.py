@@ -13,8 +13,10 @@ from megazero.parallel.collectives import (
     all_gather,
     all_gather_slices,
     all_reduce,
+    all_to_all,
     barrier,
     gather_objects,
+    pass_on,
     reduce_scatter_slices,
 )
 from megazero.parallel.topology import AxisGroup, Topology
@@ -70,6 +72,16 @@ def check_whole_tensors() -> None:
     in_place = x.clone()
     assert all_reduce(in_place, group) is in_place
     assert gather_objects({"rank": rank}, group) == [{"rank": r} for r in range(size)]
+    # Part i of rank r is 10 r + i; and a transposed input, which is not contiguous.
+    numbered = torch.arange(float(size)) + 10 * rank
+    exchanged = torch.arange(float(size)) * 10 + rank
+    assert torch.equal(all_to_all(numbered, group), exchanged)
+    twice = torch.stack([numbered, numbered + 0.5])
+    assert torch.equal(all_to_all(twice.t(), group), torch.stack([exchanged, exchanged + 0.5]).t())
+    if size > 1:
+        received, pending = pass_on(x, group)
+        pending.wait()
+        assert torch.equal(received, parts[rank - 1])
     barrier(group)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megazero.parallel.collectives import all_reduce
 from megazero.parallel.cross_entropy import linear_cross_entropy
 from megazero.parallel.topology import AxisGroup, Topology
 
@@ -48,7 +49,8 @@ def ours(group: AxisGroup, vocab: int, chunk: int | None, *inputs: Tensor) -> tu
         hidden, part, labels, mask, vocab_size=vocab, first_row=group.rank * rows, group=group, chunk_tokens=chunk
     )
     assert loss.dtype == torch.float32 and loss.shape == ()
-    return loss.detach(), *torch.autograd.grad(3 * loss, [hidden, part])
+    grad_hidden, grad_part = torch.autograd.grad(3 * loss, [hidden, part])
+    return loss.detach(), all_reduce(grad_hidden, group), grad_part
 
 
 def check_fp32() -> None:

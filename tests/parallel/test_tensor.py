@@ -127,18 +127,36 @@ def check_copies(copies: int) -> None:
 
 def check_enter_and_leave() -> None:
     """Conjugate: identity and all-reduce, all-reduce and identity."""
-    group = Topology.build(tp=torch.distributed.get_world_size()).group("tp")
+    topology = Topology.build(tp=torch.distributed.get_world_size())
+    group = topology.group("tp")
     size = group.size
     x = torch.full((3,), 2.0, requires_grad=True)
-    entered = enter_tensor_parallel(x, group)
+    entered = enter_tensor_parallel(x, topology)
     assert torch.equal(entered, x)
     entered.backward(torch.full((3,), group.rank + 1.0))
     assert x.grad.tolist() == [size * (size + 1) / 2] * 3
     y = torch.full((3,), float(group.rank), requires_grad=True)
-    total = leave_tensor_parallel(y * 2, group)
+    total = leave_tensor_parallel(y * 2, topology)
     assert total.tolist() == [size * (size - 1.0)] * 3
     total.backward(torch.full((3,), group.rank + 1.0))
     assert y.grad.tolist() == [2 * (group.rank + 1.0)] * 3
+
+
+def check_sequence_parallel() -> None:
+    """Conjugate along the sequence: gather and reduce-scatter, reduce-scatter and gather."""
+    world = torch.distributed.get_world_size()
+    topology = Topology.build(tp=world, sequence_parallel=True)
+    rank = topology.group("tp").rank
+    x = torch.full((2, 1, 4), float(rank), requires_grad=True)
+    entered = enter_tensor_parallel(x, topology)
+    assert entered[0, :, 0].tolist() == [float(other) for other in range(world)]
+    entered.backward(torch.arange(world).float().view(1, -1, 1).expand(2, world, 4) * (rank + 1))
+    assert x.grad.unique().tolist() == [rank * world * (world + 1) / 2]
+    y = torch.arange(world).float().view(1, -1, 1).repeat(2, 1, 4).requires_grad_()
+    left = leave_tensor_parallel(y * 1, topology)
+    assert left.shape == (2, 1, 4) and left.unique().tolist() == [float(rank * world)]
+    left.backward(torch.full((2, 1, 4), float(rank)))
+    assert y.grad[0, :, 0].tolist() == [float(other) for other in range(world)]
 
 
 def check_gather_columns() -> None:
@@ -167,6 +185,7 @@ def test_layers_equal_torchs(ranks: Any, tp: int) -> None:
 
 def test_enter_and_leave(ranks: Any) -> None:
     ranks.run(check_enter_and_leave, 3)
+    ranks.run(check_sequence_parallel, 3)
 
 
 def test_one_rank_is_torchs() -> None:

@@ -97,7 +97,8 @@ def test_coordinates_equal_the_table(ranks: Ranks) -> None:
 
 
 def fake_512() -> dict[str, tuple[int, int]]:
-    topology = Topology.fake(512, rank=77, pp=4, cp=2, tp=8, ep=4)
+    topology = Topology.fake(512, rank=77, pp=4, cp=2, tp=8, ep=4, cp_comm="a2a")
+    assert topology.cp_comm == "a2a"
     dist.all_reduce(torch.ones(1), group=topology.group("dp").handle)  # moves nothing, returns at once
     return {g.axis: (g.size, g.rank) for g in topology.groups}
 

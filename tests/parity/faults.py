@@ -9,33 +9,34 @@ from typing import Any
 import torch
 
 from megazero.engine.engine import Engine
-from megazero.models.attention import Attention
+from megazero.models.mlp import MLP
 from megazero.parallel.collectives import Pending
 from megazero.parallel.sharding import ShardSpec
 from megazero.parallel.tensor import RowParallelLinear
-from megazero.parallel.topology import AxisGroup
+from megazero.parallel.topology import AxisGroup, Topology
+from tests.parity.faults_context import CONTEXT_FAULTS
 
-ALONE = AxisGroup("tp", (0,), 0, None)
 
-
-def _rank_zero_alone(engine: Engine) -> AxisGroup:
-    return replace(ALONE, ranks=(engine.topology.rank,))
+def _without_tp(engine: Engine) -> Topology:
+    """The topology as a module sees it that forgets the other tp ranks."""
+    topology = engine.topology
+    alone = AxisGroup("tp", (topology.rank,), 0, None)
+    return replace(topology, groups=tuple(alone if group.axis == "tp" else group for group in topology.groups))
 
 
 def forward_all_reduce_missing(engine: Engine) -> None:
     """A row-parallel linear that keeps its partial result."""
-    for module in engine.module.modules():
-        if isinstance(module, RowParallelLinear):
-            module.group = _rank_zero_alone(engine)
-            return
+    next(m for m in engine.module.modules() if isinstance(m, RowParallelLinear)).topology = _without_tp(engine)
 
 
 def backward_all_reduce_missing(engine: Engine) -> None:
-    """A column-parallel region whose input gradients are not summed."""
-    for module in engine.module.modules():
-        if isinstance(module, Attention):
-            module.group = replace(_rank_zero_alone(engine), rank=0)
-            return
+    """An MLP whose input gradients are not summed over tp."""
+    next(m for m in engine.module.modules() if isinstance(m, MLP)).topology = _without_tp(engine)
+
+
+def sequence_gradients_not_summed(engine: Engine) -> None:
+    """Norms under sequence parallelism that see their part of the sequence only."""
+    copied_heads_not_summed(engine)
 
 
 def copied_heads_not_summed(engine: Engine) -> None:
@@ -91,6 +92,18 @@ def parameters_not_gathered(engine: Engine) -> None:
     engine.zero.publish = lambda: None  # type: ignore[method-assign]
 
 
+def tied_ends_not_summed(engine: Engine) -> None:
+    """A tied embedding whose ends of the pipeline keep their gradients to themselves."""
+    copied_heads_not_summed(engine)
+
+
+def micro_batches_averaged(engine: Engine) -> None:
+    """A pipeline whose gradients are the mean over micro-batches, not the sum."""
+    assert engine.pipeline is not None
+    train = engine.pipeline.train
+    engine.pipeline.train = lambda batches, denominator: train(batches, denominator * len(batches))  # type: ignore[method-assign]
+
+
 def _with(owner: Any, name: str, value: Any, function: Callable[[], Any]) -> Callable[[], Any]:
     """`function`, run while owner.name is `value`."""
 
@@ -111,10 +124,13 @@ FAULTS: dict[str, Callable[[Engine], None]] = {
         forward_all_reduce_missing,
         backward_all_reduce_missing,
         copied_heads_not_summed,
+        sequence_gradients_not_summed,
+        tied_ends_not_summed,
+        micro_batches_averaged,
         replicas_counted_twice,
         mean_of_means,
         gradient_not_reduced,
         gradient_scale_wrong,
         parameters_not_gathered,
     )
-}
+} | CONTEXT_FAULTS

@@ -1,5 +1,4 @@
-"""Train a small model for some steps on one layout and bring back, by logical name, everything that must not depend
-on it."""
+"""Train a small model for some steps on one layout and bring back, by logical name, all that must not depend on it."""
 
 from __future__ import annotations
 
@@ -11,17 +10,18 @@ from torch import Tensor
 
 from megazero.config.schema import RunConfig
 from megazero.config.validate import resolve
+from megazero.data.batch import Batch
 from megazero.engine.engine import Engine
-from megazero.models.gpt import GPT, Inputs
-from megazero.ops.dropout import Randomness
 from megazero.parallel.collectives import gather_objects
+from megazero.parallel.context import local_places
 from megazero.parallel.topology import Topology
+from megazero.train.build import build_engine
 
 STEPS, BATCH, SEQUENCE, VOCABULARY = 5, 8, 16, 100
 LEARNING_RATE = 1e-3
 EPSILON = 1e-6  # by Adam's usual 1e-8 an element's gradient of 1e-9, rounding noise, becomes a visible step
 MODEL = {
-    "num_layers": 2,
+    "num_layers": 4,
     "hidden_size": 32,
     "num_attention_heads": 8,
     "num_query_groups": 2,
@@ -37,14 +37,20 @@ class Layout:
 
     tp: int = 1
     dp: int = 1
+    pp: int = 1
+    cp: int = 1
     zero: int = 1
     micro_batch: int = 2
+    schedule: str | None = None
+    virtual: int | None = None
+    cp_comm: str = "p2p"
     overlap: bool = True
+    sequence: bool = False
     bucket_elements: int | None = None
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.dp * self.pp * self.cp
 
 
 @dataclass
@@ -63,11 +69,18 @@ def configure(layout: Layout, world_size: int, settings: dict[str, Any]) -> RunC
         "model": dict(MODEL),
         "parallel": {
             "tensor_model_parallel_size": layout.tp,
+            "pipeline_model_parallel_size": layout.pp,
+            "context_parallel_size": layout.cp,
+            "pipeline_schedule": layout.schedule,
+            "num_virtual_stages_per_pipeline_rank": layout.virtual,
+            "cp_comm_type": layout.cp_comm,
+            "sequence_parallel": layout.sequence,
             "zero_stage": layout.zero,
             "overlap_grad_reduce": layout.overlap,
             "overlap_param_gather": layout.overlap,
             "ddp_bucket_size": layout.bucket_elements,
         },
+        "recompute": {},
         "data": {"mock_data": True, "seq_length": SEQUENCE},
         "training": {
             "micro_batch_size": layout.micro_batch,
@@ -100,18 +113,20 @@ def train(layout: Layout, settings: dict[str, Any] | None = None, sabotage: str 
     settings = dict(settings or {})
     packed = settings.pop("packed", False)
     config = configure(layout, layout.world_size, settings)
-    topology = Topology.build(tp=layout.tp)
-    model = GPT(config.model, topology)
-    units = [f"model.layers.{i}" for i in range(config.model.num_layers)]
-    engine = Engine(model, topology, config, torch.device("cpu"), units)
+    topology = Topology.build(
+        pp=layout.pp, cp=layout.cp, tp=layout.tp, sequence_parallel=layout.sequence, cp_comm=layout.cp_comm
+    )
+    engine, forward = build_engine(config, topology, torch.device("cpu"))
     if sabotage:
         from tests.parity import faults
 
         faults.FAULTS[sabotage](engine)
     outcome = Outcome([], [], [], {})
     for step in range(STEPS):
-        batches, count = local_batches(layout, topology, step, packed)
-        result = engine.train_step(batches, loss_sum, count, lr=LEARNING_RATE)
+        forward.step = step
+        batches = local_batches(layout, topology, step, packed)
+        count = float(sum(batch.loss_mask.sum() for batch in batches))
+        result = engine.train_step(batches, forward.loss_sum, count, lr=LEARNING_RATE)
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
         grads = [(b, b.owned[0], b.grads[b.owned[0] : b.owned[1]]) for b in engine.zero.buckets]
@@ -120,21 +135,22 @@ def train(layout: Layout, settings: dict[str, Any] | None = None, sabotage: str 
     return outcome if topology.rank == 0 else None
 
 
-def local_batches(layout: Layout, topology: Topology, step: int, packed: bool) -> tuple[list[Any], float]:
-    batch, dp = global_batch(step), topology.group("dp")
-    batches, count = [], 0.0
+def local_batches(layout: Layout, topology: Topology, step: int, packed: bool) -> list[Batch]:
+    """This rank's micro-batches of the global batch, cut as the loop cuts them."""
+    logical, dp, cp = global_batch(step), topology.group("dp"), topology.group("cp")
+    batches = []
     for first in range(dp.rank * layout.micro_batch, BATCH, dp.size * layout.micro_batch):
         rows = slice(first, first + layout.micro_batch)
-        randomness = Randomness(seed=1, step=step, sample=torch.arange(BATCH)[rows])
-        documents = batch["documents"][rows] if packed else None
-        inputs = Inputs(batch["tokens"][rows], randomness, document_ids=documents)
-        batches.append((inputs, batch["labels"][rows], batch["mask"][rows]))
-        count += batch["mask"][rows].sum().item()
-    return batches, count
-
-
-def loss_sum(model: torch.nn.Module, batch: Any) -> Tensor:
-    return model(*batch)
+        batch = Batch(
+            tokens=logical["tokens"][rows],
+            labels=logical["labels"][rows],
+            loss_mask=logical["mask"][rows],
+            position_ids=torch.arange(SEQUENCE).repeat(layout.micro_batch, 1),
+            document_ids=logical["documents"][rows] if packed else None,
+            sample_index=torch.arange(BATCH)[rows],
+        )
+        batches.append(batch.part(local_places(SEQUENCE, cp)) if cp.size > 1 else batch)
+    return batches
 
 
 def assemble(engine: Engine, buffers: Any) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ def step(iteration: int, **changes: Any) -> StepRecord:
         "tflops_per_device": 1.2,
         "mfu": 0.4,
         "memory_bytes": 10**9,
+        "communication_bytes": {"tp": {"all-reduce": 2_097_152}, "zero": {"padding": 96, "reduce-scatter": 4096}},
+        "communication_calls": {"tp": {"all-reduce": 8}, "zero": {"reduce-scatter": 2}},
         "skipped_iterations": 0,
     }
     assert changes.keys() <= record.keys()

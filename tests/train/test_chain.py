@@ -72,13 +72,20 @@ def test_the_whole_chain_under_torchrun(tmp_path, flags):
     assert "What the model writes:" in run.said
 
 
-def test_the_sample_does_not_depend_on_the_layout(ranks, tmp_path, flags):
-    assert train(tmp_path / "one", base=flags) == 0
-    with torchrun(2, tmp_path / "log", *flags, "--tensor-model-parallel-size", "2", "--output-dir",
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, flags):
+    folder = tmp_path_factory.mktemp("alone")
+    assert train(folder, base=flags) == 0
+    return folder
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_the_sample_does_not_depend_on_the_layout(tmp_path, flags, alone, axis):
+    with torchrun(2, tmp_path / "log", *flags, f"--{axis}-model-parallel-size", "2", "--output-dir",
                   str(tmp_path / "two")) as run:  # fmt: skip
         assert run.wait() == 0, run.said
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert (tmp_path / "two" / "samples.txt").read_text() == (tmp_path / "one" / "samples.txt").read_text()
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=1e-5)
+    assert (tmp_path / "two" / "samples.txt").read_text() == (alone / "samples.txt").read_text()
 
 
 class TestDocuments:

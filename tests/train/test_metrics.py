@@ -17,7 +17,8 @@ from tests.train.records import config, step, validation
 
 KEYS = [
     *("iteration", "consumed_samples", "consumed_tokens", "lm_loss", "learning_rate", "grad_norm", "loss_scale"),
-    *("iteration_time_ms", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes", "skipped_iterations"),
+    *("iteration_time_ms", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes", "communication_bytes"),
+    *("communication_calls", "skipped_iterations"),
 ]
 
 
@@ -216,6 +217,10 @@ def test_the_summary(tmp_path):
         "  validation loss  9.0000 at iteration 0 -> 3.2500 at iteration 30 (-5.75 nats)",
         "  training loss    3.0000",
         "  speed            900 tokens/s, 1.2 TFLOP/s per device, MFU 40.0% (medians)",
+        "  communication    sent by rank 0 in a step, by axis and operation",
+        "    tp      all-reduce             2.000 MiB in 8 calls",
+        "    zero    padding                0.000 MiB",
+        "    zero    reduce-scatter         0.004 MiB in 2 calls",
         f"Where to look next, in {tmp_path}/:",
         "  samples.txt    what the trained model writes",
         "  metrics.jsonl  every number behind this, one JSON object a line",
