@@ -72,7 +72,7 @@ def test_a_killed_rank_of_four_is_named_by_all_others(tmp_path):
     assert all("error: rank 3 stopped answering" in line for line in named)
 
 
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_without_torchrun_the_survivor_stops_too(tmp_path, dies):
     """Ranks started one by one, as a scheduler does; with rank 0 dies the store that ranks meet at."""
     port = free_port()
@@ -91,7 +91,9 @@ def test_without_torchrun_the_survivor_stops_too(tmp_path, dies):
     assert f"[rank {1 - dies}] error: rank {dies} stopped answering" in runs[1 - dies].said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(tmp_path, whole, number):
     with torchrun(2, tmp_path / "log", *command(tmp_path, *LONG)) as run:
         run.wait_for(tmp_path, iteration=7)
@@ -106,6 +108,7 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(tmp_path, whole
     finish(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_to_everyone_counts_once(tmp_path):
     """A scheduler tells torchrun and the ranks, and torchrun tells the ranks again: that is still one wish to stop."""
     with torchrun(2, tmp_path / "log", *command(tmp_path, *ENDLESS)) as run:
@@ -129,6 +132,7 @@ class TestOneProcess:
         assert f"stopped after iteration {reached[0]} of 100000 ({number.name}); checkpoint saved in" in run.said
         assert len(reached) == 1
 
+    @pytest.mark.slow
     def test_a_second_signal_later_stops_at_once(self, tmp_path):
         """A step that takes minutes: whoever presses Ctrl-C again does not want to wait for its end."""
         slow = ("--hidden-size", "512", "--num-layers", "16", "--seq-length", "512", "--global-batch-size", "4000")
