@@ -198,4 +198,4 @@ class Engine:
 def pipeline_inputs(batch: Any) -> dict[str, Tensor]:
     """A micro-batch's tensors with one row a sample, by name: what goes to every stage of a pipeline."""
     named = batch if isinstance(batch, Mapping) else vars(batch)
-    return {name: value for name, value in named.items() if isinstance(value, Tensor) and name != "places"}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
