@@ -56,7 +56,7 @@ $(DATA)/stdlib_text_document.idx: $(DATA)/corpus.jsonl $(DATA)/tokenizer/tokeniz
 	@touch $@
 
 # Ranks (2 on the CPU, else one a GPU, up to 2) and CPU threads for each; without the latter torchrun warns.
-RANKS_AND_THREADS = $$($(BIN)/python -c 'import torch; from megazero.base.device import cpu_threads_for; \
+RANKS_AND_THREADS = $$($(BIN)/python -c 'import torch; from megazero.base.launch import cpu_threads_for; \
 	ranks = min(2, torch.cuda.device_count()) or 2; print(ranks, cpu_threads_for(ranks))')
 
 pretrain: $(DATA)/stdlib_text_document.idx

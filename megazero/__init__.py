@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megazero.engine.distributed import init_distributed
+    from megazero.engine.engine import Engine
+    from megazero.engine.initialize import initialize
     from megazero.parallel.layer_spec import LayerSpec, TiedLayerSpec
     from megazero.parallel.pipeline_module import (
         PipeDataParallelTopology,
@@ -18,14 +21,20 @@ if TYPE_CHECKING:
     from megazero.parallel.topology import Topology
 
 __all__ = [
+    "Engine",
     "LayerSpec",
     "PipeDataParallelTopology",
     "PipeModelDataParallelTopology",
     "PipelineModule",
     "TiedLayerSpec",
     "Topology",
+    "init_distributed",
+    "initialize",
 ]
 _HOMES = {
+    "Engine": "megazero.engine.engine",
+    "initialize": "megazero.engine.initialize",
+    "init_distributed": "megazero.engine.distributed",
     "LayerSpec": "megazero.parallel.layer_spec",
     "TiedLayerSpec": "megazero.parallel.layer_spec",
     "PipelineModule": "megazero.parallel.pipeline_module",

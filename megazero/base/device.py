@@ -1,15 +1,10 @@
-"""This process's device, and joining the others: which GPU, which backend, how fast, how many threads, how much memory.
-
-With base/launch.py the only file that reads the environment.
-"""
+"""This process's device, and joining the others: which GPU, which backend, how fast, how much memory."""
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -142,29 +137,3 @@ def memory_bytes(device: torch.device) -> int:
         return int(statm.read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
-
-
-def cpu_threads_for(local_world_size: int, environ: Mapping[str, str] = os.environ) -> int:
-    """Threads for one of `local_world_size` ranks that share this machine's usable cores evenly, at least 1.
-
-    OMP_NUM_THREADS wins, except the 1 that torchrun puts there by itself when it starts several ranks.
-    """
-    asked = environ.get("OMP_NUM_THREADS", "")
-    torchruns_own = asked == "1" and local_world_size > 1 and "TORCHELASTIC_RUN_ID" in environ
-    if asked.isdigit() and int(asked) > 0 and not torchruns_own:
-        return int(asked)
-    return max(1, _usable_cores() // local_world_size)
-
-
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""cgroup v2's "200000 100000": microseconds of CPU in each period of so many, or "max 100000"."""
-
-
-def _usable_cores() -> int:
-    """Cores that this process may run on, within the CPU quota of its container (cgroup v2) if there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if _CPU_QUOTA.exists():
-        quota, period = _CPU_QUOTA.read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores

@@ -32,3 +32,7 @@ class CheckpointError(MegazeroError, ValueError):
 
 class NonFiniteError(MegazeroError, ArithmeticError):
     """A loss or gradient is NaN or infinite and the policy is `raise`; names the rank and the parameter."""
+
+
+class OffloadError(MegazeroError, RuntimeError):
+    """Offloaded state cannot be stored or read back: a full disk, a file cut short, a failed device."""

@@ -2,7 +2,7 @@
 
 torchrun gives RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
 (https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables); a process started without a launcher is
-rank 0 of 1 and needs no process group.
+rank 0 of 1 and needs no process group. The only file that reads the environment.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megazero.base.errors import ConfigError
 
@@ -65,3 +66,34 @@ def _whole_number(environ: Mapping[str, str], name: str, among: list[str]) -> in
         return int(text)
     except ValueError:
         raise ConfigError(f"{name}={text!r} in the environment is not a whole number. {_LAUNCH_REMEDY}") from None
+
+
+def environment() -> dict[str, str]:
+    """A copy of this process's environment, for the processes that it starts."""
+    return dict(os.environ)
+
+
+def cpu_threads_for(local_world_size: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Threads for one of `local_world_size` ranks that share this machine's usable cores evenly, at least 1.
+
+    OMP_NUM_THREADS wins, except the 1 that torchrun puts there by itself when it starts several ranks.
+    """
+    asked = environ.get("OMP_NUM_THREADS", "")
+    torchruns_own = asked == "1" and local_world_size > 1 and "TORCHELASTIC_RUN_ID" in environ
+    if asked.isdigit() and int(asked) > 0 and not torchruns_own:
+        return int(asked)
+    return max(1, usable_cores() // local_world_size)
+
+
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""cgroup v2's "200000 100000": microseconds of CPU in each period of so many, or "max 100000"."""
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, within the CPU quota of its container (cgroup v2) if there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if _CPU_QUOTA.exists():
+        quota, period = _CPU_QUOTA.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores

@@ -1,7 +1,8 @@
 """Derived values: what the schema calls "Derived:" and can be computed from other settings and the number of ranks.
 
     ffn-hidden-size = ceil(8/3 · hidden / 64) · 64 with swiglu (Llama), else 4 · hidden
-    data-parallel size = world / (tp · pp · cp)       global-batch-size = micro-batch-size · data-parallel size
+    data-parallel size = world / (tp · pp · cp)
+    global-batch-size = micro-batch-size · gradient-accumulation-steps · data-parallel size
 
 What needs the machine (backend, bucket size), the tokenizer (vocab-size) or a checkpoint (lr-decay-iters) stays None
 and is filled in by the one who knows.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import os.path
 
-from megazero.config.fields import value_of
+from megazero.config.fields import FIELDS, value_of
 from megazero.config.layers import Setting, with_settings
 from megazero.config.layout import smallest_world_size
 from megazero.config.pipeline import virtual_stages
@@ -29,7 +30,8 @@ def derive(config: RunConfig, world_size: int | None) -> RunConfig:
     `world_size` None: unknown, what depends on it stays None. A value whose inputs make no sense (hidden-size not
     divisible by the heads) stays None too; `rules.find_problems` says why.
     """
-    for key, value, formula in [*_model(config), *_batch(config, world_size)]:
+    config = _batch(derive_engine(config), world_size)
+    for key, value, formula in _model(config):
         config = _fill(config, key, value, formula)
     for key, value, formula in _length(config):
         config = _fill(config, key, value, formula)
@@ -45,6 +47,15 @@ def derive(config: RunConfig, world_size: int | None) -> RunConfig:
     ]:
         config = _fill(config, key, text, formula)
     return config
+
+
+def derive_engine(config: RunConfig) -> RunConfig:
+    """A copy with the derivable values of ZeRO and precision filled in, which need neither model nor ranks."""
+    if config.training.autocast != "none" and unset(config, "training.precision"):
+        fp32 = Setting("fp32", "derived: autocast keeps weights in fp32")
+        config = with_settings(config, {"training.precision": fp32})
+    config = _fill(config, "loss_scaling.initial_loss_scale", 2.0**16, "2**16")
+    return _fill(config, "parallel.stage3_param_persistence_threshold", 0, "no parameter stays whole")
 
 
 def _model(config: RunConfig) -> list[tuple[str, int | None, str]]:
@@ -63,9 +74,24 @@ def _model(config: RunConfig) -> list[tuple[str, int | None, str]]:
     ]
 
 
-def _batch(config: RunConfig, world_size: int | None) -> list[tuple[str, int | None, str]]:
-    batch = config.training.micro_batch_size * data_parallel_size(config, world_size) if world_size else None
-    return [("training.global_batch_size", batch, "micro-batch-size · data-parallel size")]
+def _batch(config: RunConfig, world_size: int | None) -> RunConfig:
+    """The batch's numbers from each other; where they do not fit, the rules say so."""
+    if not world_size:
+        return config
+    training, dp = config.training, data_parallel_size(config, world_size)
+    accumulation, batch = training.gradient_accumulation_steps, training.global_batch_size
+    key = "training.micro_batch_size"
+    if accumulation and batch and unset(config, key) and batch % (accumulation * dp) == 0:
+        formula = "derived: global-batch-size / (gradient-accumulation-steps · data-parallel size)"
+        config = with_settings(config, {key: Setting(batch // (accumulation * dp), formula)})
+    factors = "micro-batch-size · gradient-accumulation-steps ·" if accumulation else "micro-batch-size ·"
+    batch = config.training.micro_batch_size * (accumulation or 1) * dp
+    return _fill(config, "training.global_batch_size", batch, f"{factors} data-parallel size")
+
+
+def unset(config: RunConfig, key: str) -> bool:
+    """Whether nobody has said what this setting, which has a default, shall be."""
+    return config.origins.get(key, "default") == "default" and value_of(config, key) == FIELDS[key].default
 
 
 def _length(config: RunConfig) -> list[tuple[str, int | None, str]]:

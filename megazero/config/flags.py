@@ -1,7 +1,7 @@
 """The command line: one flag for each field of the schema, Megatron's spellings, `--recipe` and `--print-config`.
 
     argv -> underscores to dashes -> unknown and renamed flags refused -> argparse -> a layer of settings
-    defaults < preset < recipe < that layer -> RunConfig
+    defaults < preset < recipe < ds_config < that layer -> RunConfig
 
 Imports no torch, so that --help and every error answer at once.
 """
@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 from megazero.base.errors import ConfigError
 from megazero.config.decode import DecodeError, decode, describe, did_you_mean
+from megazero.config.deepspeed import KeyReport, read_deepspeed
+from megazero.config.deepspeed_pretrain import pretraining_layer
 from megazero.config.derive import derive
 from megazero.config.fields import FIELDS, SECTIONS, Field, docstrings
 from megazero.config.layers import Layer, Setting, assemble
@@ -35,7 +37,7 @@ def main_config(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
     derived). Exits with status 2 on an error, 0 after --help and --print-config. `quiet`: another rank says it.
     """
     try:
-        config = parse_run_config(argv)
+        config, report = parse_with_report(argv)
         problems = find_problems(derive(config, None), None)
         if problems:
             raise ConfigError(*problems)
@@ -43,6 +45,8 @@ def main_config(argv: Sequence[str], *, quiet: bool = False) -> RunConfig:
         if not quiet:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if report is not None and not quiet:
+        print(report.text(), flush=True)
     return config
 
 
@@ -50,8 +54,13 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     """The configuration of a command line (without the program's name), `origins` filled for every key.
 
     Derived values are still None. Raises ConfigError for unknown, renamed, malformed and contradictory flags and for
-    a bad recipe; raises SystemExit(0) after printing for --help and --print-config.
+    a bad recipe or ds_config; raises SystemExit(0) after printing for --help and --print-config.
     """
+    return parse_with_report(argv)[0]
+
+
+def parse_with_report(argv: Sequence[str]) -> tuple[RunConfig, KeyReport | None]:
+    """The same, and what became of each key of the ds_config, if there is one."""
     words = [_normalise(word) for word in argv]
     parser = build_parser()
     problems = _unknown_flags(words, parser)
@@ -67,10 +76,29 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     if given.group_query_attention:
         lowest = {"model.num_query_groups": Setting(1, f"flag {GROUP_QUERY_ATTENTION}")}
     recipe = read_recipe(given.recipe[0]) if given.recipe else []
+    source, report = _ds_config(given), None
+    if source is not None:
+        layer, report = pretraining_layer(read_deepspeed(source), [lowest, *recipe], given.settings)
+        recipe = [*recipe, layer]
     config = assemble([*recipe, given.settings], below_preset=lowest)
     if given.print_config:
         _print_config(config)
-    return config
+    return config, report
+
+
+def _ds_config(given: argparse.Namespace) -> str | None:
+    """The ds_config that --deepspeed and --deepspeed_config name together."""
+    files = {name for name in (given.deepspeed, given.deepspeed_config) if isinstance(name, str)}
+    if len(files) > 1:
+        raise ConfigError(
+            f"--deepspeed {given.deepspeed} and --deepspeed_config {given.deepspeed_config} name two files; give one."
+        )
+    if given.deepspeed is not None and not files:
+        raise ConfigError(
+            "--deepspeed needs its configuration. Give --deepspeed_config ds_config.json too, or leave it out: ZeRO is "
+            "there anyway, as --zero-stage."
+        )
+    return files.pop() if files else None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,6 +131,18 @@ def build_parser() -> argparse.ArgumentParser:
         GROUP_QUERY_ATTENTION,
         action="store_true",
         help="num-query-groups is 1 unless a flag, recipe or preset sets it",
+    )
+    group = parser.add_argument_group("DeepSpeed's spellings")
+    group.add_argument(
+        "--deepspeed", nargs="?", const=True, metavar="FILE", help="read --deepspeed_config, or this ds_config.json"
+    )
+    group.add_argument(
+        "--deepspeed-config",
+        metavar="FILE",
+        help='ds_config.json: settings between recipe and flags; "auto" in it means: from the flags',
+    )
+    group.add_argument(
+        "--local-rank", metavar="N", help="what some launchers pass; not used, since the environment has LOCAL_RANK"
     )
     return parser
 

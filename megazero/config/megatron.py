@@ -11,6 +11,19 @@ from typing import Any
 
 ALIASES: dict[str, tuple[str, Any, str]] = {
     "--bf16": ("training.precision", "bf16", "the same as --precision bf16"),
+    "--fp16": ("training.precision", "fp16", "the same as --precision fp16"),
+    "--accumulate-allreduce-grads-in-fp32": (
+        "parallel.grad_accum_dtype",
+        "fp32",
+        "the same as --grad-accum-dtype fp32 (the default)",
+    ),
+    "--deepspeed-activation-checkpointing": (
+        "recompute.recompute_granularity",
+        "full",
+        "the same as --recompute-granularity full",
+    ),
+    "--cpu-optimizer": ("offload.offload_optimizer", "cpu", "the same as --offload-optimizer cpu"),
+    "--optimizer-cpu-offload": ("offload.offload_optimizer", "cpu", "the same as --offload-optimizer cpu"),
     "--swiglu": ("model.activation", "swiglu", "the same as --activation swiglu"),
     "--squared-relu": ("model.activation", "squared_relu", "the same as --activation squared_relu"),
     "--recompute-activations": (
@@ -42,8 +55,8 @@ _EXPLAINED: dict[str, str] = {
     "use --recipe FILE.": "yaml-cfg",
     # Parallelism.
     "use --zero-stage 1 (the default).": "use-distributed-optimizer",
-    "use --zero-stage: 0 is no_shard, 1 is optim.": "data-parallel-sharding-strategy",
-    f"parameter sharding is {_LATER}; use --zero-stage 1.": "use-megatron-fsdp use-torch-fsdp2 megatron-fsdp-version",
+    "use --zero-stage: 0 is no_shard, 1 optim, 2 optim_grads, 3 optim_grads_params.": "data-parallel-sharding-strategy",
+    "use --zero-stage 3.": "use-megatron-fsdp use-torch-fsdp2 megatron-fsdp-version",
     "ZeRO shards over all data-parallel ranks; remove it.": "outer-dp-sharding-strategy "
     "num-distributed-optimizer-instances",
     f"overlapping tp's communication with its matrix products is {_LATER}; remove it.": "tp-comm-overlap",
@@ -76,9 +89,6 @@ _EXPLAINED: dict[str, str] = {
     f"multi-token prediction is {_LATER}; remove it.": "mtp-*",
     f"hybrid models are {_LATER}; remove it.": "hybrid-override-pattern hybrid-layer-pattern",
     # Training and precision.
-    f"fp16 is {_LATER}; use --bf16 or --precision fp32.": "fp16",
-    f"loss scaling belongs to fp16, which is {_LATER}; use --bf16.": "loss-scale initial-loss-scale min-loss-scale "
-    "loss-scale-window hysteresis",
     f"8-bit and 4-bit floats are {_LATER}; use --bf16.": "fp8-* fp4-*",
     "renamed to --recompute-granularity full.": "checkpoint-activations",
     "the schedule counts steps; use --lr-decay-iters (samples / global-batch-size).": "lr-decay-samples",
@@ -89,10 +99,9 @@ _EXPLAINED: dict[str, str] = {
     "weight decay never applies to biases and other 1-D parameters; remove it.": "no-weight-decay-cond-type "
     "apply-wd-to-qk-layernorm",
     "one learning rate holds for all parameters; use --lr and --min-lr.": "decoupled-lr decoupled-min-lr",
-    "the optimizers are adam and sgd in this version; use --optimizer adam.": "muon-*",
-    f"offload to the CPU is {_LATER}; remove it.": "optimizer-cpu-offload",
-    "optimizer state is fp32 in this version; remove it.": "use-precision-aware-optimizer",
-    "gradients accumulate in fp32 always; remove it.": "accumulate-allreduce-grads-in-fp32",
+    "muon has its authors' settings; use --optimizer muon alone.": "muon-*",
+    "use --offload-ratio.": "optimizer-offload-fraction",
+    "optimizer state is fp32, or 8 bit with --optimizer adam8bit; remove it.": "use-precision-aware-optimizer",
     "attention's softmax is in fp32 always; remove it.": "attention-softmax-in-fp32",
     "the loss is always the mean over the global batch's tokens; remove it.": "calculate-per-token-loss",
     "the loss is always chunked; remove it.": "cross-entropy-loss-fusion cross-entropy-fusion-impl",
@@ -138,8 +147,10 @@ _EXPLAINED: dict[str, str] = {
     "log-memory-to-tensorboard log-progress log-straggler timing-log-level",
     f"profiling is {_LATER}; remove it.": "profile profile-step-start profile-step-end use-pytorch-profiler "
     "record-memory-history",
-    # DeepSpeed.
-    f"reading a ds_config.json is {_LATER}; use --zero-stage and a --recipe.": "deepspeed deepspeed-config",
+    # Megatron-DeepSpeed.
+    "a pipeline is there only with --pipeline-model-parallel-size above 1; remove it.": "no-pipeline-parallel",
+    "torch's fused kernels are taken where there are any; remove it.": "cpu-torch-adam",
+    "start with torchrun or `megazero launch`; remove it.": "deepspeed-mpi",
 }
 """One line: what became of the flag and what to use instead -> the flags, where `*` ends a family."""
 

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator
 
 from megazero.base.errors import ConfigError
+from megazero.config.batch import complete_batch
 from megazero.config.context_rules import CONTEXT_RULES
-from megazero.config.derive import data_parallel_size
+from megazero.config.derive import data_parallel_size, unset
 from megazero.config.dry_run_rules import DRY_RUN_RULES
 from megazero.config.fields import flag_of, value_of
 from megazero.config.layout import (
@@ -26,8 +27,9 @@ from megazero.config.layout import (
 from megazero.config.pipeline_rules import PIPELINE_RULES
 from megazero.config.ranges import out_of_range
 from megazero.config.recompute_rules import RECOMPUTE_RULES
-from megazero.config.registry import Rules, show
+from megazero.config.registry import Rule, Rules, show
 from megazero.config.schema import RunConfig
+from megazero.config.zero_rules import ZERO_RULES
 
 RULES = Rules()
 _rule = RULES.rule
@@ -42,13 +44,27 @@ _LAYOUT = (
 def find_problems(config: RunConfig, world_size: int | None) -> list[str]:
     """Every problem of a configuration whose derived values are filled in. `world_size` None: not known yet, the
     rules about it wait."""
+    return _problems(
+        config,
+        world_size,
+        [*RULES, *PIPELINE_RULES, *CONTEXT_RULES, *ZERO_RULES, *RECOMPUTE_RULES, *DRY_RUN_RULES],
+    )
+
+
+def engine_problems(config: RunConfig) -> list[str]:
+    """The same for an engine around any module, whose model and data the configuration does not describe."""
+    axes = [(keys, rule) for keys, rule in RULES if rule is _available_axes]
+    return _problems(config, None, [*axes, *ZERO_RULES])
+
+
+def _problems(config: RunConfig, world_size: int | None, rules: list[tuple[tuple[str, ...], Rule]]) -> list[str]:
     bad = out_of_range(config)
     problems = [
         f"{show(config, key)}: must be {allowed}. Choose such a value."
         for key, allowed in bad.items()
         if not config.origins.get(key, "").startswith("derived")  # then its inputs are out of range, and reported
     ]
-    for keys, rule in [*RULES, *PIPELINE_RULES, *CONTEXT_RULES, *RECOMPUTE_RULES, *DRY_RUN_RULES]:
+    for keys, rule in rules:
         if not any(key in bad for key in keys):
             problems += rule(config, world_size)
     return problems
@@ -74,11 +90,15 @@ def _available_axes(config: RunConfig, world: int | None) -> Iterator[str]:
         yield f"{show(config, key)}: expert parallelism is not available in this version. Use {flag_of(key)} 1."
 
 
-@_rule("training.micro_batch_size", "training.global_batch_size", *_LAYOUT)
+_BATCH = ("training.micro_batch_size", "training.global_batch_size", "training.gradient_accumulation_steps")
+
+
+@_rule(*_BATCH, *_LAYOUT)
 def _global_batch(config: RunConfig, world: int | None) -> Iterator[str]:
     key = "training.global_batch_size"
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if batch is None or (world is not None and world % smallest_world_size(config)):
+    accumulated = config.training.gradient_accumulation_steps is not None
+    if batch is None or accumulated or (world is not None and world % smallest_world_size(config)):
         return
     dp = data_parallel_size(config, world) if world is not None else 1
     if batch % (micro * dp):
@@ -87,6 +107,21 @@ def _global_batch(config: RunConfig, world: int | None) -> Iterator[str]:
             f"{micro * dp}: each step takes whole micro-batches on every replica. "
             f"Use {flag_of(key)} {either(neighbours(batch, micro * dp))}, or another --micro-batch-size."
         )
+
+
+@_rule(*_BATCH, *_LAYOUT)
+def _accumulation(config: RunConfig, world: int | None) -> Iterator[str]:
+    training, steps = config.training, config.training.gradient_accumulation_steps
+    if steps is None or training.global_batch_size is None or world is None or world % smallest_world_size(config):
+        return
+    stated = not unset(config, "training.micro_batch_size") and not config.origins.get(
+        "training.micro_batch_size", ""
+    ).startswith("derived")
+    micro = training.micro_batch_size if stated else None
+    try:
+        complete_batch(training.global_batch_size, micro, steps, data_parallel_size(config, world))
+    except ConfigError as error:
+        yield str(error)
 
 
 @_rule("model.num_attention_heads", "model.hidden_size", "model.kv_channels")

@@ -1,8 +1,9 @@
 """The run's settings: nested frozen dataclasses, one field = one meaning, with a docstring under each field.
 
 Three spellings of each field: the flag (`--tensor-model-parallel-size`, the field's name with dashes, Megatron's
-name where Megatron has one), the recipe key (`parallel.tensor_model_parallel_size`) and, from step 3 on, the
-ds_config.json key. `None` means "derived": `megazero.config.validate.resolve` fills it in. Imports no torch.
+name where Megatron has one), the recipe key (`parallel.tensor_model_parallel_size`) and, where DeepSpeed has one, the
+ds_config.json key (`deepspeed_keys.py`). `None` means "derived": `megazero.config.validate.resolve` fills it in.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -97,20 +98,64 @@ class ParallelConfig:
     """Layers of the last stage. Derived: what balances cost."""
     pipeline_model_parallel_layout: str | None = None
     """The cut as a string, stages between |: E embedding, t layer, L loss, and `t*3` for three; e.g. `Et*3|t*4|t*4|t*3L`."""
-    zero_stage: Literal[0, 1] = 1
-    """ZeRO stage: 0 replicates, 1 shards the optimizer state over data-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 0 replicates; over data-parallel ranks 1 shards the optimizer state, 2 the gradients too, 3 the weights too."""
+    grad_accum_dtype: Literal["fp32", "model"] = "fp32"
+    """Type in which gradients are kept and reduced; model is the weights' own (DeepSpeed's default, half the bytes in 16 bit)."""
+    stage3_prefetch_bucket_size: int | None = None
+    """zero-stage 3: elements of weights gathered ahead of their use; without it, the next unit's."""
+    stage3_param_persistence_threshold: int | None = None
+    """zero-stage 3: parameters of fewer elements stay whole on every rank. Derived: 0, none does."""
+    stage3_max_live_parameters: int = 1_000_000_000
+    """zero-stage 3: most elements of weights that are whole at a time; prefetching stops there."""
+    stage3_max_reuse_distance: int = 0
+    """zero-stage 3: weights that are used again within this many elements of others stay whole until then; 0 lets all go after use."""
     ddp_bucket_size: int | None = None
     """Largest number of elements that one gradient bucket may hold. Derived: 40 million; a smaller model gets smaller buckets."""
     overlap_grad_reduce: bool = True
     """Start reducing a bucket's gradients while backward still computes others."""
     overlap_param_gather: bool = True
-    """Gather updated parameters while the next forward already runs (ZeRO 1)."""
+    """Gather updated parameters while the next forward already runs (ZeRO 1 and 2), and the next unit's ahead of use (ZeRO 3)."""
     grad_reduce_in_bf16: bool = False
     """Send gradients as bf16 (half the bytes); sums stay fp32 where the backend lets us."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication backend. Derived: nccl on GPUs, gloo on CPUs."""
     distributed_timeout_minutes: float = 10.0
     """After this long without an answer from the other ranks a collective fails."""
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """What ZeRO keeps outside the device's memory, and how it gets there and back."""
+
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Home of the optimizer's state and fp32 masters, which are updated on the CPU then; needs zero-stage 1 or more."""
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Home of the weights' shards between uses; needs zero-stage 3."""
+    offload_ratio: float = 1.0
+    """Share of the optimizer's state that offload-optimizer moves; the rest stays on the device."""
+    offload_optimizer_path: str | None = None
+    """Folder for offload-optimizer nvme, on a local disk."""
+    offload_param_path: str | None = None
+    """Folder for offload-param nvme, on a local disk."""
+    offload_pin_memory: bool = True
+    """Page-locked CPU memory, which a GPU reads and writes while it computes."""
+    offload_optimizer_buffer_count: int = 4
+    """offload-optimizer nvme: buffers in CPU memory."""
+    offload_param_buffer_count: int = 5
+    """offload-param nvme: buffers in CPU memory."""
+    offload_max_in_cpu: int = 1_000_000_000
+    """offload-param nvme: elements of weights that stay in CPU memory before the disk is used."""
+    offload_pipeline_read: bool = True
+    """offload-optimizer nvme: read the next bucket while this one is updated."""
+    offload_pipeline_write: bool = True
+    """offload-optimizer nvme: write the last bucket while this one is updated."""
+    nvme_block_size: int = 1_048_576
+    """Bytes of one read or write."""
+    nvme_queue_depth: int = 8
+    """Reads and writes on their way at a time."""
+    nvme_threads: int = 1
+    """Threads for each file that is read or written."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +193,21 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Samples that one rank takes through the model at a time."""
     global_batch_size: int | None = None
-    """Samples in one step over all ranks. Derived: micro-batch-size · data-parallel size."""
+    """Samples in one step over all ranks. Derived: micro-batch-size · gradient-accumulation-steps (or 1) · data-parallel size."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches that each rank takes in a step; with global-batch-size it decides micro-batch-size. Without it, what those two make."""
     train_iters: int | None = None
     """Steps to train, counted from the beginning of training."""
     train_samples: int | None = None
     """Samples to train, instead of train-iters."""
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of weights in forward and backward; masters, sums and optimizer are fp32. auto: bf16 on GPUs, fp32 on CPUs."""
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """torch.autocast in forward: weights stay fp32, and each operation takes the type that is safe for it."""
+    autocast_inputs: bool = False
+    """Cast the model's floating-point inputs to the weights' type."""
     compile: bool = False
     """Run torch.compile on each block."""
     non_finite: Literal["skip", "raise", "ignore"] = "skip"
@@ -173,6 +224,24 @@ class TrainingConfig:
     """Text that the trained model continues in samples.txt; needs a tokenizer."""
     sample_tokens: int = 200
     """Number of tokens to generate after sample-prompt."""
+
+
+@dataclass(frozen=True)
+class LossScalingConfig:
+    """fp16: the loss is multiplied by a scale, so that small gradients survive, and the gradients are divided by it."""
+
+    loss_scale: float = 0.0
+    """A fixed scale; 0 lets the scale adapt."""
+    initial_loss_scale: float | None = None
+    """The adaptive scale at the start. Derived: 65536 (2**16)."""
+    loss_scale_window: int = 1000
+    """The adaptive scale doubles after this many steps without overflow."""
+    hysteresis: int = 2
+    """Overflows before the adaptive scale is halved."""
+    consecutive_hysteresis: bool = False
+    """A step without overflow starts the count of hysteresis anew."""
+    min_loss_scale: float = 1.0
+    """The adaptive scale never falls below this; an overflow there is an error."""
 
 
 @dataclass(frozen=True)
@@ -211,10 +280,12 @@ class DryRunConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or SGD, and the learning rate's course."""
+    """The optimizer, and the learning rate's course."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """adam is AdamW (decoupled weight decay), as in Megatron."""
+    optimizer: Literal["adam", "sgd", "adagrad", "lamb", "lion", "muon", "adam8bit"] = "adam"
+    """adam is AdamW (decoupled weight decay), as in Megatron; adam8bit keeps its state in 8 bit."""
+    decoupled_weight_decay: bool = True
+    """adam, adam8bit: weight decay as AdamW has it; without, it is added to the gradient (torch.optim.Adam)."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -227,6 +298,8 @@ class OptimizerConfig:
     """Steps of linear warmup."""
     lr_warmup_fraction: float | None = None
     """Warmup as a share of lr-decay-iters, instead of lr-warmup-iters."""
+    lr_warmup_style: Literal["linear", "log"] = "linear"
+    """Shape of the warmup; log rises fast at first (DeepSpeed's WarmupLR)."""
     lr_warmup_init: float = 0.0
     """Learning rate of the first warmup step."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
@@ -283,6 +356,10 @@ class LoggingConfig:
     """Weights & Biases project."""
     wandb_exp_name: str | None = None
     """Weights & Biases run name. Derived: the name of output-dir."""
+    wall_clock_breakdown: bool = False
+    """Report what forward, backward, communication and optimizer take of a step; the device is waited for at each, which costs time."""
+    memory_breakdown: bool = False
+    """Report bytes by component: weights, gradients, masters, optimizer state, buckets, activations."""
 
 
 @dataclass(frozen=True)
@@ -291,8 +368,10 @@ class RunConfig:
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    loss_scaling: LossScalingConfig = field(default_factory=LossScalingConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -30,14 +30,17 @@ from megazero.engine.manifest import (
     write_manifest,
 )
 from megazero.engine.steps import (
+    Key,
     begin,
     discard,
     latest_iteration,
+    latest_key,
     publish,
     remedy,
     retain,
     saving_folder,
     step_folder,
+    usable_keys,
     usable_steps,
 )
 from megazero.engine.storage import SectionReader, SectionWriter
@@ -45,7 +48,19 @@ from megazero.engine.table import Table, read_table
 from megazero.engine.together import Together
 from megazero.parallel.topology import AxisGroup
 
-__all__ = ["Piece", "latest_iteration", "load", "open_section", "read_state", "retain", "save", "usable_steps"]
+__all__ = [
+    "Key",
+    "Piece",
+    "latest_iteration",
+    "latest_key",
+    "load",
+    "open_section",
+    "read_state",
+    "retain",
+    "save",
+    "usable_keys",
+    "usable_steps",
+]
 
 STATE, CONFIG = "state.json", "config.yaml"
 _VERIFY_THREADS = 4
@@ -56,17 +71,19 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 
 def save(
     directory: str | os.PathLike[str],
-    iteration: int,
+    iteration: Key,
     sections: Mapping[str, Sequence[Piece]],
     state: Mapping[str, Any],
     config_yaml: str,
     group: AxisGroup,
+    *,
+    latest: bool = True,
 ) -> None:
-    """Save a checkpoint of all ranks of `group` and make it the latest. Collective.
+    """Save a checkpoint of all ranks of `group` and make it the latest (unless `latest` is False). Collective.
 
     Args:
         directory: folder of checkpoints, on storage that every rank sees; made if missing.
-        iteration: steps done; names the checkpoint and replaces one of the same name.
+        iteration: steps done, or a tag; names the checkpoint and replaces one of the same name.
         sections: e.g. {"weights": …, "optimizer": …}, the same keys on every rank. Each element of a logical tensor
             is in exactly one piece of one rank: ranks with copies leave them out.
         state: JSON values (no tuples, string keys), returned by `load`. The group's first rank's is kept.
@@ -80,7 +97,7 @@ def save(
     folder = saving_folder(store, iteration)
     task = Together(
         group,
-        f"saving iteration {iteration} in {store}",
+        f"saving {'iteration' if isinstance(iteration, int) else 'tag'} {iteration} in {store}",
         "The folder must be on storage that every rank sees, writable and with room: give another with --save. "
         "Earlier checkpoints are untouched",
     )
@@ -99,7 +116,7 @@ def save(
                     no_dist=group.size == 1,
                 )
             files |= {f"{section}/{name}": record for name, record in writer.files.items()}
-        task.first(lambda: _finish(store, iteration, files, dict(state), config_yaml))
+        task.first(lambda: _finish(store, iteration, files, dict(state), config_yaml, latest))
     except BaseException:
         if group.rank == 0:
             discard(store, iteration)
@@ -108,9 +125,11 @@ def save(
 
 def load(
     directory: str | os.PathLike[str],
-    iteration: int | None,
+    iteration: Key | None,
     sections: Mapping[str, Sequence[Piece]],
     group: AxisGroup,
+    *,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Fill the pieces in place from a checkpoint, whatever the layout that saved it; return its state. Collective.
 
@@ -121,6 +140,7 @@ def load(
             Over all ranks the pieces name every tensor of the section. A rank may take any boxes, also ones that
             other ranks take; floating-point types are converted.
         group: as for `save`.
+        strict: False takes what both have, by name, of equal shape, and leaves the rest as it is.
 
     Raises CheckpointError on every rank when the checkpoint is missing, damaged (each file's checksum is verified
     first, by one rank each) or of another model; then no piece has been touched.
@@ -138,7 +158,10 @@ def load(
         return {s: {name: (tuple(t.size()), t.dtype) for name, t in tensors.items()} for s, tensors in states.items()}
 
     wanted = task.all(wanted_here)
-    task.first(lambda: _check_same_model(folder, tables, wanted))
+    if strict:
+        task.first(lambda: _check_same_model(folder, tables, wanted))
+    else:
+        states = {section: _held(tables[section], tensors) for section, tensors in states.items()}
     for section, tensors in states.items():
         with task.planned():
             dcp.load(
@@ -153,12 +176,12 @@ def load(
 
 
 def _boxed(
-    sections: Mapping[str, Sequence[Piece]], task: Together, iteration: int | None
+    sections: Mapping[str, Sequence[Piece]], task: Together, iteration: Key | None
 ) -> dict[str, dict[str, BoxedTensor]]:
     """The sections' state dicts, in the order that all ranks go through them."""
     states: dict[str, dict[str, BoxedTensor]] = {}
 
-    def build() -> tuple[int | None, list[str]]:
+    def build() -> tuple[Key | None, list[str]]:
         states.update({section: boxed_state(sections[section]) for section in sorted(sections)})
         return iteration, list(states)
 
@@ -167,14 +190,19 @@ def _boxed(
     return states
 
 
-def _begin(store: Path, iteration: int, sections: Iterable[str]) -> None:
+def _begin(store: Path, iteration: Key, sections: Iterable[str]) -> None:
     begin(store, iteration)
     for section in sections:
         (saving_folder(store, iteration) / section).mkdir()
 
 
 def _finish(
-    store: Path, iteration: int, payload: dict[str, FileRecord], state: dict[str, Any], config_yaml: str
+    store: Path,
+    iteration: Key,
+    payload: dict[str, FileRecord],
+    state: dict[str, Any],
+    config_yaml: str,
+    latest: bool,
 ) -> None:
     """On the first rank, when all sections are written: the rest, the manifest, and the checkpoint's name."""
     folder = saving_folder(store, iteration)
@@ -185,10 +213,10 @@ def _finish(
         STATE: write_file(folder / STATE, to_json(state)),
     }
     write_manifest(folder, iteration, files)
-    publish(store, iteration)
+    publish(store, iteration, latest=latest)
 
 
-def read_state(directory: str | os.PathLike[str], iteration: int | None) -> dict[str, Any]:
+def read_state(directory: str | os.PathLike[str], iteration: Key | None) -> dict[str, Any]:
     """The state that `save` was given, checked, without the tensors: what one needs to make room for them.
 
     Not collective. Raises CheckpointError as `load` does.
@@ -200,7 +228,7 @@ def read_state(directory: str | os.PathLike[str], iteration: int | None) -> dict
     return state
 
 
-def open_section(directory: str | os.PathLike[str], iteration: int | None, section: str) -> tuple[Path, Table]:
+def open_section(directory: str | os.PathLike[str], iteration: Key | None, section: str) -> tuple[Path, Table]:
     """A section's folder and its tensors by name, all of its files checked; storage.read_tensor reads one of them.
 
     Not collective: for tools. Raises CheckpointError as `load` does.
@@ -211,10 +239,10 @@ def open_section(directory: str | os.PathLike[str], iteration: int | None, secti
     return folder / section, read_table(folder / section)
 
 
-def _find(store: Path, iteration: int | None, sections: list[str]) -> tuple[Path, int, dict[str, FileRecord]]:
+def _find(store: Path, iteration: Key | None, sections: list[str]) -> tuple[Path, Key, dict[str, FileRecord]]:
     """The checkpoint's folder, its iteration, and the files to be used."""
     if iteration is None:
-        iteration = latest_iteration(store)
+        iteration = latest_key(store)
     if iteration is None:
         there = "holds no checkpoint" if store.exists() else "does not exist"
         raise CheckpointError(f"checkpoint folder {store} {there}: give --load a folder that a run saved into")
@@ -233,7 +261,7 @@ def _find(store: Path, iteration: int | None, sections: list[str]) -> tuple[Path
     return folder, iteration, {path: files[path] for path in files if "/" not in path or path.split("/")[0] in sections}
 
 
-def _verify(store: Path, folder: Path, iteration: int, files: dict[str, FileRecord]) -> None:
+def _verify(store: Path, folder: Path, iteration: Key, files: dict[str, FileRecord]) -> None:
     try:
         with ThreadPoolExecutor(_VERIFY_THREADS) as threads:
             for _ in threads.map(lambda path: verify_file(folder / path, files[path]), files):
@@ -242,8 +270,13 @@ def _verify(store: Path, folder: Path, iteration: int, files: dict[str, FileReco
         raise CheckpointError(f"{error}. {_other_steps(store, iteration)}") from error
 
 
-def _other_steps(store: Path, iteration: int) -> str:
-    return remedy([step for step in usable_steps(store) if step != iteration])
+def _other_steps(store: Path, iteration: Key) -> str:
+    return remedy([step for step in usable_keys(store) if step != iteration])
+
+
+def _held(table: Table, tensors: dict[str, BoxedTensor]) -> dict[str, BoxedTensor]:
+    """The tensors that are stored in this shape."""
+    return {n: tensor for n, tensor in tensors.items() if n in table and table[n].shape == tuple(tensor.size())}
 
 
 def _check_same_model(folder: Path, tables: dict[str, Table], wanted: list[dict[str, dict[str, Kind]]]) -> None:

@@ -1,54 +1,51 @@
 """The engine: a module, ZeRO, an optimizer and a precision, and one order of work for a step.
 
-    count tokens over all ranks → forward and backward of each micro-batch (loss sum / global count) → finish the
-    reduction → one pass for norm, loss and finiteness (one all-reduce over the world) → clip → step → gather parameters
+    native     train_step(micro-batches, loss_sum, tokens): count tokens → forward and backward of each → update
+    DeepSpeed  engine(batch) → engine.backward(loss) → engine.step(), which updates at the boundary of accumulation
+    pipeline   train_batch(): all micro-batches of a step through this rank's stages → update
 
-It serves any nn.Module and never imports a model.
+All end in one `update` (update.py). It serves any nn.Module and never imports a model; what it lacks, its module has.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from megazero.base.errors import NonFiniteError
-from megazero.config.schema import RunConfig
+from megazero.base.errors import ConfigError
+from megazero.base.log import Log
+from megazero.config.schema import LossScalingConfig, OptimizerConfig, RunConfig
+from megazero.engine.accumulation import Accumulation
 from megazero.engine.checkpoint import Piece
-from megazero.engine.nonfinite import describe
+from megazero.engine.feed import Feed
+from megazero.engine.front import Front
+from megazero.engine.introspection import Reporter, state_bytes
 from megazero.engine.optimizer import ShardOptimizer
+from megazero.engine.optimizer_view import OptimizerView
+from megazero.engine.precision import DTYPES, Precision
+from megazero.engine.queries import Queries
+from megazero.engine.scaler import LossScaler
+from megazero.engine.timers import Timers
+from megazero.engine.update import Divisors, StepResult, update
 from megazero.parallel.collectives import all_reduce
 from megazero.parallel.pipeline import Pipeline
 from megazero.parallel.random import initial_values
 from megazero.parallel.topology import Topology
-from megazero.zero.zero import Zero
+from megazero.zero.access import register
+from megazero.zero.buckets import Bucket
+from megazero.zero.configure import zero_of
+from megazero.zero.state_dict import register_hooks
+
+__all__ = ["DTYPES", "Engine", "LossSum", "StepResult", "pipeline_inputs"]
 
 LossSum = Callable[[nn.Module, Any], Tensor]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did."""
-
-    loss: float
-    """Mean loss of the global batch's unmasked tokens."""
-    grad_norm: float
-    """Global gradient norm before clipping."""
-    skipped: bool
-    """The weights were left alone because of a non-finite number."""
-    notice: float
-    """Sum over the ranks of what they passed as `notice`."""
-    warning: str | None
-    """What to tell the user about this step."""
-
-
-class Engine:
+class Engine(Front, Queries):
     """Trains `module` on `topology`.
 
     Args:
@@ -56,41 +53,78 @@ class Engine:
         config: resolved; precision not `auto`.
         device: where parameters live.
         units: names of the submodules that ZeRO treats as one unit each (the blocks).
+        optimizer: made over the module's parameters; by default what the configuration says; None: nothing is trained.
     """
 
     def __init__(
-        self, module: nn.Module, topology: Topology, config: RunConfig, device: torch.device, units: list[str]
+        self,
+        module: nn.Module,
+        topology: Topology,
+        config: RunConfig,
+        device: torch.device,
+        units: list[str],
+        *,
+        optimizer: torch.optim.Optimizer | OptimizerConfig | Literal["config"] | None = "config",
     ) -> None:
-        self.module, self.topology, self.device = module, topology, device
+        self.module, self.topology, self.settings, self.device = module, topology, config, device
         self.max_norm, self.policy = config.optimizer.clip_grad, config.training.non_finite
-        seed, parallel = config.training.seed, config.parallel
-        self.zero = Zero(
+        self.log = Log(topology.rank)
+        self.precision = Precision(config.training, device)
+        self.scaler = _scaler(config.loss_scaling) if self.precision.scales_loss else None
+        chosen = config.optimizer if optimizer == "config" else optimizer
+        seed, trains = config.training.seed, _trains(chosen)
+        self.zero = zero_of(
+            config,
             module,
             topology,
-            stage=parallel.zero_stage,
-            dtype=DTYPES[config.training.precision],
+            dtype=self.precision.dtype,
             device=device,
             initial=lambda place: initial_values(place.spec, seed),
             units=units,
-            bucket_elements=parallel.ddp_bucket_size,
-            overlap_reduce=parallel.overlap_grad_reduce,
-            overlap_gather=parallel.overlap_param_gather,
-            wire_dtype=torch.bfloat16 if parallel.grad_reduce_in_bf16 else None,
+            trained=trains,
         )
-        self.optimizer = ShardOptimizer(self.zero, config.optimizer)
+        self.shards = None if chosen is None else ShardOptimizer(self.zero, chosen)
+        register_hooks(self.zero)
+        self.owner = register(self.zero, self._states_of)
+        self.owner.factor = self._gradient_factor
+        self.optimizer = None if self.shards is None else OptimizerView(self, self.shards)
+        self.lr_scheduler: Any = None
+        ranks = topology.size("dp")
+        micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+        steps = max(batch // (micro * ranks), 1) if batch else 1
+        self.accumulation = Accumulation(steps, topology.size("zero"), device)
         self.pipeline: Pipeline | None = None
+        self.feed = Feed(device)
+        self.timers = Timers(config.logging.wall_clock_breakdown, device)
+        self.timers.watch(self.zero, "wait_parameters", "gather")
+        self.reporter = Reporter(
+            config.logging, topology, self.timers, lambda: state_bytes(module, self.zero, self.shards)
+        )
+        self.last: StepResult | None = None
+        self.source: Mapping[str, Any] | None = None
+        self._loss_is_scaled = False
 
     def use_pipeline(self, make: Callable[[Callable[[nn.Module], None]], Pipeline]) -> None:
         """Train through a pipeline of this module's stages from now on. `make` gets what the pipeline is to call when a
-        stage's weight gradients were computed without hooks."""
+        stage's weight gradients were computed without hooks.
+
+        Raises ConfigError under autocast, which would decide the type of what goes from stage to stage.
+        """
+        if self.precision.autocast is not None:
+            raise ConfigError(
+                "autocast with a pipeline of several stages: it changes the types of what goes from one to the next. Use "
+                "bf16 weights (precision bf16), or one stage."
+            )
         self.pipeline = pipeline = make(self._take_gradients)
         holders = Counter(p for stage in pipeline.stages for p in stage.module.parameters())
-        self.zero.expect(lambda parameter: pipeline.micro_batches * holders[parameter])
+        self.zero.expect(lambda parameter: holders[parameter], pipeline.micro_batches)
 
     def _take_gradients(self, stage: nn.Module) -> None:
         for parameter in stage.parameters():
             if parameter.grad is not None:
                 self.zero.gradient_ready(parameter)
+
+    # the native step
 
     def train_step(
         self,
@@ -110,43 +144,54 @@ class Engine:
 
         Raises NonFiniteError under the policy `raise`.
         """
+        assert self.shards is not None and self.optimizer is not None
         count = self._over_batch(torch.tensor(token_count, dtype=torch.float64, device=self.device))
-        denominator = count.clamp(min=1.0).float()
+        tokens = max(float(count), 1.0)
+        scaled = (count.clamp(min=1.0) / self.loss_scale).float()  # what a loss is divided by
         if self.pipeline is None:
-            total = self._accumulate(micro_batches, loss_sum, denominator)
+            total = self._accumulate(micro_batches, loss_sum, scaled)
         else:
-            total = self.pipeline.train([pipeline_inputs(batch) for batch in micro_batches], denominator)
-        self.zero.finish_reduction()
-        local_loss = total / denominator
-        mine = self._speaks_for_replica()
-        sums = torch.stack([self.zero.norm_squared(), total * mine, torch.full_like(total, notice)])
-        norm_squared, loss_total, noticed = all_reduce(sums, self.topology.group("world")).tolist()
-        loss_mean = loss_total / max(float(count), 1.0)
-        norm = math.sqrt(norm_squared) if norm_squared >= 0 else norm_squared
-        warning, skipped = None, False
-        if not (math.isfinite(norm) and math.isfinite(loss_mean)) and self.policy != "ignore":
-            warning = describe(self.zero, loss_mean, float(local_loss))
-            if self.policy == "raise":
-                raise NonFiniteError(
-                    f"{warning}. Lower the learning rate or look at the data; --non-finite skip goes on."
-                )
-            skipped = True
-        else:
-            if self.max_norm > 0 and norm > self.max_norm:
-                self.zero.scale_gradients(self.max_norm / (norm + 1e-6))
-            self.optimizer.step(lr)
-            self.zero.publish()
-        return StepResult(loss_mean, norm, skipped, noticed, warning)
+            total = self.pipeline.train([pipeline_inputs(batch) for batch in micro_batches], scaled)
+            self.zero.end_backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return self._update(total, lambda _: Divisors(1.0, tokens), notice=torch.tensor(notice))
 
     def _accumulate(self, micro_batches: Sequence[Any], loss_sum: LossSum, denominator: Tensor) -> Tensor:
         """Forward and backward one after the other; the sum of the losses, fp64."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro_batches):
             self.zero.sync = index == len(micro_batches) - 1
-            loss = loss_sum(self.module, batch)
+            with self.precision.forward():
+                loss = loss_sum(self.module, batch)
             (loss / denominator).backward()
+            self.zero.end_backward()
             total += loss.detach()
         return total
+
+    def _update(
+        self,
+        loss: Tensor | None,
+        divisors: Callable[[float], Divisors],
+        *,
+        items: Tensor | None = None,
+        notice: Tensor | None = None,
+    ) -> StepResult:
+        """From gradients to weights; see `update`."""
+        assert self.shards is not None
+        return update(
+            self.zero,
+            self.shards,
+            self.scaler,
+            self.timers,
+            max_norm=self.max_norm,
+            policy=self.policy,
+            loss=loss,
+            items=items,
+            notice=notice,
+            speaks=self._speaks_for_replica(),
+            divisors=divisors,
+        )
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Any], loss_sum: LossSum, token_count: float) -> tuple[float, float]:
@@ -155,7 +200,8 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.pipeline is None:
             for batch in micro_batches:
-                total += loss_sum(self.module, batch)
+                with self.precision.forward():
+                    total += loss_sum(self.module, batch)
         else:
             for loss in self.pipeline.forward([pipeline_inputs(batch) for batch in micro_batches]):
                 total += loss
@@ -177,22 +223,58 @@ class Engine:
     # checkpoint
 
     def pieces(self, *, for_save: bool) -> dict[str, list[Piece]]:
-        """Everything a checkpoint holds: fp32 masters under `weights`, per-element states under `optimizer`.
+        """What is sharded: fp32 masters under `weights`, per-element states under `optimizer`.
 
         To load, call `optimizer.prepare` first, so that the states exist.
         """
         weights = self.zero.pieces(self.zero.masters(), for_save=for_save)
-        states = [
-            piece
-            for key in self.optimizer.state_keys()
-            for piece in self.zero.pieces(self.optimizer.buffers(key), for_save=for_save, suffix=f".{key}")
-        ]
-        return {"weights": [Piece(*p) for p in weights], "optimizer": [Piece(*p) for p in states]}
+        found = {"weights": [Piece(*p) for p in weights]}
+        if self.shards is not None:
+            states = [
+                piece
+                for key in self.shards.state_keys()
+                for piece in self.zero.pieces(self.shards.buffers(key), for_save=for_save, suffix=f".{key}")
+            ]
+            found["optimizer"] = [Piece(*p) for p in states]
+        return found
+
+    def _states_of(self, bucket: Bucket, key: str) -> list[tuple[int, Tensor]]:
+        """One of the optimizer's per-element states of a bucket: (first element, tensor)."""
+        if self.shards is None or key not in self.shards.state_keys():
+            return []
+        return [(start, tensor) for of, start, tensor in self.shards.buffers(key) if of is bucket]
+
+    def _gradient_factor(self) -> float:
+        """What makes the step's mean of the summed gradients, before the update. Collective over the ZeRO group when
+        losses came with a count."""
+        divisor = self.accumulation.divisor
+        if divisor is None:
+            divisor = max(float(self._over_batch(self.accumulation.items.clone())), 1.0)
+        return 1.0 / (self.loss_scale * divisor)
 
     def loaded(self) -> None:
         """Make masters that were filled from a checkpoint the parameters of every rank."""
         self.zero.publish()
         self.zero.wait_parameters()
+
+
+def _trains(optimizer: torch.optim.Optimizer | OptimizerConfig | None) -> Callable[[nn.Parameter], bool]:
+    """Which parameters are the optimizer's."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return lambda parameter: optimizer is not None
+    listed = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    return lambda parameter: parameter in listed
+
+
+def _scaler(config: LossScalingConfig) -> LossScaler:
+    return LossScaler(
+        loss_scale=config.loss_scale,
+        initial_loss_scale=2.0**16 if config.initial_loss_scale is None else config.initial_loss_scale,
+        loss_scale_window=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+        consecutive_hysteresis=config.consecutive_hysteresis,
+        min_loss_scale=config.min_loss_scale,
+    )
 
 
 def pipeline_inputs(batch: Any) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ class LearningRate:
     lr_warmup_iters: float
     """Of lr-decay-iters if lr_warmup_fraction was given; need not be whole then, as in Megatron."""
     lr_warmup_fraction: float | None
+    lr_warmup_style: str
+    """linear: n / W of the way; log: log n / log W (DeepSpeed's lr_schedules.py)."""
     lr_warmup_init: float
     lr_wsd_decay_style: str
     lr_wsd_decay_iters: int
@@ -75,7 +77,10 @@ class LearningRate:
         """The learning rate of the update that follows `n` updates; a skipped iteration is not an update."""
         warmup, decay = self.lr_warmup_iters, self.lr_decay_iters
         if warmup > 0 and n <= warmup:
-            return self.lr_warmup_init + (self.lr - self.lr_warmup_init) * n / warmup
+            done, whole = float(n), float(warmup)
+            if self.lr_warmup_style == "log":
+                done, whole = math.log(max(n, 1)), math.log(max(warmup, 2))
+            return self.lr_warmup_init + (self.lr - self.lr_warmup_init) * done / whole
         if self.lr_decay_style == "constant":
             return self.lr
         if n > decay:
@@ -101,6 +106,7 @@ class LearningRate:
     def from_state(cls, state: dict[str, Any]) -> LearningRate:
         """The course that `state` saved. Raises CheckpointError when it is not one of ours."""
         names = {f.name for f in fields(cls)} - {"derived"}
+        state = {"lr_warmup_style": "linear"} | state  # there was no other when older checkpoints were written
         if state.keys() != names:
             raise CheckpointError(
                 f"the checkpoint's learning rate has the entries {', '.join(sorted(state))}, expected "

@@ -53,13 +53,13 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def write_manifest(folder: Path, iteration: int, files: dict[str, FileRecord]) -> None:
+def write_manifest(folder: Path, iteration: int | str, files: dict[str, FileRecord]) -> None:
     """Write `folder`/MANIFEST.json. `files` is keyed by path relative to the folder, with forward slashes."""
     records = {path: asdict(record) for path, record in sorted(files.items())}
     write_file(folder / MANIFEST, to_json({"format": FORMAT, "iteration": iteration, "files": records}))
 
 
-def read_manifest(folder: Path, iteration: int) -> dict[str, FileRecord]:
+def read_manifest(folder: Path, iteration: int | str) -> dict[str, FileRecord]:
     """The records of a checkpoint's files. Raises CheckpointError when the manifest is missing, damaged, of another
     iteration or of a newer format."""
     path = folder / MANIFEST

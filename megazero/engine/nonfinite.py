@@ -1,36 +1,64 @@
 """One policy for losses and gradients that are NaN or infinite, in every stage and precision.
 
 `skip` leaves the weights alone and warns, `raise` stops, `ignore` goes on. The message names the rank whose own
-gradients were bad before they were summed, and its first bad parameter.
+gradients were bad before they were summed, and its first bad parameter. From stage 2 on only the sum is left: the rank
+is told by the sum of its own bucket, the parameter by the rank that holds the bad part of the reduced one.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 
 from megazero.parallel.collectives import gather_objects
+from megazero.zero.buckets import Bucket
 from megazero.zero.zero import Zero
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank saw."""
+
+    loss: float
+    group: tuple[int, ...]
+    """The ranks with the same parameters."""
+    own: list[tuple[int, str | None]]
+    """Buckets whose gradients were bad on this rank alone, with the first bad parameter if it can still be told."""
+    summed: dict[int, str]
+    """First bad parameter in this rank's part of each reduced bucket."""
 
 
 def describe(zero: Zero, loss: float, local_loss: float) -> str:
     """Who made the bad number. Collective over the world; called only when there is one."""
-    reports = gather_objects((local_loss, _first_bad(zero)), zero.topology.group("world"))
+    reports: list[_Report] = gather_objects(_report(zero, local_loss), zero.topology.group("world"))
     lines = []
-    for rank, (rank_loss, parameter) in enumerate(reports):
-        if parameter is not None:
-            lines.append(f"rank {rank}: gradient of {parameter}")
-        elif rank_loss != rank_loss or rank_loss in (float("inf"), float("-inf")):
-            lines.append(f"rank {rank}: loss {rank_loss}")
+    for rank, report in enumerate(reports):
+        if report.own:
+            bucket, parameter = report.own[0]
+            of_sum = [r.summed[bucket] for r in reports if r.group == report.group and bucket in r.summed]
+            lines.append(f"rank {rank}: gradient of {parameter or next(iter(of_sum), 'an unknown parameter')}")
+        elif not math.isfinite(report.loss):
+            lines.append(f"rank {rank}: loss {report.loss}")
     if not lines:
         lines.append("no single rank: finite gradients overflowed when they were summed or squared")
     return f"non-finite loss or gradient (loss {loss:.6g}); " + "; ".join(lines[:4])
 
 
-def _first_bad(zero: Zero) -> str | None:
-    for bucket, total in zip(zero.buckets, zero.local_sums, strict=True):
-        if bool(torch.isfinite(total)):
-            continue
-        for place in bucket.placed:
-            if not bool(torch.isfinite(bucket.grads[place.start : place.stop]).all()):
-                return place.spec.name
+def _report(zero: Zero, local_loss: float) -> _Report:
+    own, summed = [], {}
+    for index, (bucket, total) in enumerate(zip(zero.buckets, zero.local_sums, strict=True)):
+        if not bool(torch.isfinite(total)):
+            own.append((index, None if bucket.grads is None else _first_bad(bucket, bucket.grads, 0)))
+        if bucket.grads is None and (name := _first_bad(bucket, bucket.reduced, bucket.owned[0])) is not None:
+            summed[index] = name
+    return _Report(local_loss, zero.group.ranks, own, summed)
+
+
+def _first_bad(bucket: Bucket, flat: torch.Tensor, first: int) -> str | None:
+    """The first parameter with a bad element in `flat`, which begins at the bucket's element `first`."""
+    for place, lo, hi in bucket.parts(first, first + flat.numel()):
+        if not bool(torch.isfinite(flat[lo - first : hi - first]).all()):
+            return place.spec.name
     return None

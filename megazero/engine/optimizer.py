@@ -1,78 +1,260 @@
 """The torch optimizer over ZeRO's shards.
 
-Each owned part of a bucket is cut where the weight-decay group changes; each cut is one flat Parameter, a view of the
-fp32 master, whose `.grad` is a view of the reduced gradients. Any element-wise torch optimizer can step on these.
+Each owned part of a bucket is cut where the parameter group changes; each cut is one flat Parameter, a view of the fp32
+master, whose `.grad` is a view of the reduced gradients. Any element-wise torch optimizer can step on these.
+
+    at hand:     scale all gradients ─► one step ─► cast, gather
+    elsewhere:   bucket by bucket: [read the next] gradients in fp32 where the master is ─► step ─► cast, gather [write]
+
+"Elsewhere" is 16-bit gradients, and state in CPU memory beside a GPU or on NVMe.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megazero.base.errors import ConfigError
 from megazero.config.schema import OptimizerConfig
-from megazero.ops.adam import fused_adamw
+from megazero.engine.optimizers.cuts import repoint
+from megazero.engine.optimizers.element_wise import element_wise_problem
+from megazero.engine.optimizers.make import make_optimizer
+from megazero.engine.sharded import Shard
+from megazero.engine.state_files import StateFiles
+from megazero.parallel.collectives import all_reduce
 from megazero.zero.buckets import Bucket, Placed
 from megazero.zero.zero import Zero
 
 Piece = tuple[Bucket, int, Tensor]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Elements [start, stop) of a bucket, all of one parameter group (and, for optimizers that need whole tensors, of
+    one parameter)."""
+
+    bucket: Bucket
+    start: int
+    stop: int
+    flat: nn.Parameter
+    """The master's view that the optimizer knows."""
+    place: Placed
+    """The first parameter in it."""
+
+    def part_of(self, owned: Tensor) -> Tensor:
+        """The cut's part of a buffer over the bucket's owned elements."""
+        base = self.bucket.owned[0]
+        return owned[self.start - base : self.stop - base]
+
+
 class ShardOptimizer:
-    """Steps the owned masters. `optimizer` is a torch.optim.Optimizer over the cuts."""
+    """Steps the owned masters. `optimizer` is a torch.optim.Optimizer over the cuts.
 
-    def __init__(self, zero: Zero, config: OptimizerConfig) -> None:
-        self._cuts: list[tuple[Bucket, int, nn.Parameter]] = []
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for bucket, decays, start, stop in zero.segments(decays_weight):
-            base = bucket.owned[0]
-            cut = nn.Parameter(bucket.master[start - base : stop - base])
-            cut.grad = bucket.grads[start:stop]
-            self._cuts.append((bucket, start, cut))
-            groups[bool(decays)].append(cut)
-        listed = [
-            {"params": cuts, "weight_decay": config.weight_decay if decays else 0.0}
-            for decays, cuts in groups.items()
-            if cuts
-        ]
-        self.optimizer = _make(listed, config) if listed else None  # a rank may own padding only
+    Args:
+        source: settings; or an optimizer over the module's parameters, whose groups are filled with cuts of them
+            instead.
 
-    def step(self, lr: float) -> None:
-        """One update with this learning rate."""
-        if self.optimizer is None:
+    Raises ValueError for an optimizer that has stepped already.
+    """
+
+    def __init__(self, zero: Zero, source: OptimizerConfig | torch.optim.Optimizer) -> None:
+        self.zero = zero
+        self.optimizer = _from_config(zero, source) if isinstance(source, OptimizerConfig) else source
+        if any(self.optimizer.state.values()) and not isinstance(self.optimizer, torch.optim.Adagrad):
+            raise ValueError(
+                "the optimizer holds state of steps that it has made, which cannot be cut into shards. Pass a new one, "
+                "and load its state from a checkpoint with engine.load_checkpoint."
+            )
+        self.whole = bool(getattr(self.optimizer, "whole_tensors", False))
+        if not self.whole and (problem := element_wise_problem(self.optimizer)) is not None:
+            raise ConfigError(problem)
+        index = {p: number for number, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+
+        def key(place: Placed) -> object:
+            number = index[place.parameter]
+            return (number, place.name) if self.whole else (number, "")
+
+        groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
+        self.cuts: list[Cut] = []
+        for bucket, _, start, stop in zero.segments(key):
+            place = next(iter(bucket.parts(start, stop)))[0]
+            cut = Cut(bucket, start, stop, nn.Parameter(torch.empty(0, device=bucket.place.state_device)), place)
+            if bucket.master_in_memory:
+                cut.flat.data = cut.part_of(bucket.master)
+            self.cuts.append(cut)
+            groups[index[place.parameter]].append(cut.flat)
+        repoint(self.optimizer, groups)
+        self._by_bucket = {id(bucket): [cut for cut in self.cuts if cut.bucket is bucket] for bucket in zero.buckets}
+        self.files = StateFiles(zero.homes)
+        self.at_hand = all(
+            b.grad_dtype == torch.float32 and b.reduced.device == b.place.state_device and not self._is_filed(b)
+            for b in zero.buckets
+        )
+
+    def _is_filed(self, bucket: Bucket) -> bool:
+        return bucket.place.state_store is not None or not bucket.master_in_memory
+
+    # the update
+
+    @torch.no_grad()
+    def step(self, factor: float, *, unused: bool = False) -> None:
+        """One update of the weights with the reduced gradients times `factor`, and the new weights to all ranks.
+
+        Args:
+            unused: some rank had parameters without a gradient. Those without one on every rank stay as they are.
+        """
+        idle = self._used_nowhere() if unused else set()
+        buckets = list(enumerate(self.zero.buckets))[::-1]  # the order in which forward needs them
+        if self.at_hand:
+            for _, bucket in buckets:
+                if factor != 1.0:
+                    bucket.reduced.mul_(factor)
+                for cut in self._by_bucket[id(bucket)]:
+                    cut.flat.grad = cut.part_of(bucket.reduced)
+            restores = self._restores(self.cuts, idle)
+            self._step_cuts(self.cuts, None)
+            for restore in restores:
+                restore()
+            self.zero.publish()
+        else:
+            self._step_in_turn(buckets, factor, idle)
+        for cut in self.cuts:
+            cut.flat.grad = None
+
+    def _step_in_turn(self, buckets: list[tuple[int, Bucket]], factor: float, idle: set[nn.Parameter]) -> None:
+        """Bucket by bucket. A bucket's update must not see that others came before it in this step."""
+        before = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        pipelined = self.zero.homes.pipelined
+        for position, (index, bucket) in enumerate(buckets):
+            cuts = self._by_bucket[id(bucket)]
+            self.files.fetch(bucket, cuts, self.optimizer)
+            if pipelined and position + 1 < len(buckets):
+                following = buckets[position + 1][1]
+                self.files.prefetch(following, self._by_bucket[id(following)], self.optimizer)
+            gradient = bucket.reduced.to(device=bucket.place.state_device, dtype=torch.float32)
+            if factor != 1.0:
+                gradient = gradient.mul_(factor) if gradient is not bucket.reduced else gradient * factor
+            for cut in cuts:
+                cut.flat.grad = cut.part_of(gradient)
+            for group, values in zip(self.optimizer.param_groups, before, strict=True):
+                group.update(values)
+            restores = self._restores(cuts, idle)
+            self._step_cuts(cuts, index)
+            for restore in restores:
+                restore()
+            for cut in cuts:
+                cut.flat.grad = None
+            self.zero.publish_bucket(index, self.files.master(bucket))
+            self.files.put(bucket, cuts, self.optimizer, wait=not pipelined)
+        self.files.settle()
+        self.zero.end_publish()
+
+    def _step_cuts(self, cuts: Sequence[Cut], part: int | None) -> None:
+        """Update these cuts: all of the optimizer's, or those of bucket `part`."""
+        if not self.whole:
+            self.optimizer.step()
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        shards = []
+        group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        for cut in cuts:
+            spec, first = cut.place.spec, cut.place.start
+            assert cut.flat.grad is not None
+            shards.append(
+                Shard(
+                    spec.name,
+                    spec.local_shape,
+                    cut.start - first,
+                    cut.stop - first,
+                    cut.flat.detach(),
+                    cut.flat.grad,
+                    group_of[cut.flat],
+                    self.optimizer.state[cut.flat],
+                    split=spec.local_shape != spec.shape,
+                )
+            )
+        sharded = self.zero.lifetimes.optimizer_sharded
+        group = self.zero.group if sharded else self.zero.topology.subgroup("zero", 1)
+        self.optimizer.step_sharded(shards, group, part)  # type: ignore[attr-defined]
+
+    # parameters without a gradient
+
+    def _used_nowhere(self) -> set[nn.Parameter]:
+        """Parameters that had no gradient on any rank since the last step. Collective."""
+        places = [place for bucket in self.zero.buckets for place in bucket.placed]
+        filled = self.zero.reduction.ever_filled
+        used = torch.tensor([float(place.parameter in filled) for place in places], device=self.zero.device)
+        all_reduce(used, self.zero.group, "max")
+        return {place.parameter for place, any_rank in zip(places, used.tolist(), strict=True) if not any_rank}
+
+    def _restores(self, cuts: Sequence[Cut], idle: set[nn.Parameter]) -> list[Callable[[], None]]:
+        """What puts masters and states of these parameters back to what they are now."""
+        return [
+            self._restore(cut, lo - cut.start, hi - cut.start)
+            for cut in cuts
+            for place, lo, hi in cut.bucket.parts(cut.start, cut.stop)
+            if place.parameter in idle
+        ]
+
+    def _restore(self, cut: Cut, lo: int, hi: int) -> Callable[[], None]:
+        kept = {key: tensor[lo:hi].clone() for key, tensor in self._tensors(cut).items()}
+
+        def restore() -> None:
+            for key, tensor in self._tensors(cut).items():
+                tensor[lo:hi] = kept.get(key, 0.0)  # 0: a state that this step made
+
+        return restore
+
+    def _tensors(self, cut: Cut) -> dict[str | None, Tensor]:
+        """The master (None) and the per-element states of a cut."""
+        state = self.optimizer.state.get(cut.flat, {})
+        return {None: cut.flat.data} | {key: value for key, value in state.items() if _per_element(value)}
+
+    # checkpoints
 
     def state_keys(self) -> list[str]:
         """Names of the per-element states that exist, e.g. exp_avg and exp_avg_sq; empty before the first step."""
-        return sorted(key for key, value in self._first_state().items() if _per_element(value))
+        for cut in self.cuts:
+            for key, value in self._state(cut).items():
+                if _per_element(value) and (type(value) is not Tensor or value.numel() not in (0, cut.flat.numel())):
+                    raise ConfigError(
+                        f"the state {key!r} of {type(self.optimizer).__name__} is not one number an element, so it "
+                        "cannot be saved for other layouts. Save the weights alone, or train with AdamW instead of its "
+                        "8-bit form."
+                    )
+        return sorted({key for cut in self.cuts for key, value in self._state(cut).items() if _per_element(value)})
 
     def scalars(self) -> dict[str, float]:
         """States that are one number, equal for all parameters, e.g. the step count."""
-        return {k: float(v) for k, v in self._first_state().items() if not _per_element(v) and v is not None}
+        first = next((state for cut in self.cuts if (state := self._state(cut))), {})
+        return {key: float(value) for key, value in first.items() if value is not None and not _per_element(value)}
 
     def buffers(self, key: str) -> list[Piece]:
-        """One per-element state of all cuts, as `Zero.pieces` takes them."""
-        if self.optimizer is None:
-            return []
-        return [(bucket, start, self.optimizer.state[cut][key]) for bucket, start, cut in self._cuts]
+        """One per-element state of all cuts that have it, as `Zero.pieces` takes them."""
+        return [
+            (cut.bucket, cut.start, self.files.mapped(cut, key, state[key]))
+            for cut in self.cuts
+            if key in (state := self._state(cut))
+        ]
 
     def prepare(self, keys: list[str], scalars: dict[str, float]) -> None:
         """Make zeroed states of these names, to load a checkpoint into."""
-        if self.optimizer is None:
-            return
-        for _, _, cut in self._cuts:
-            self.optimizer.state[cut] = {key: torch.zeros_like(cut) for key in keys} | {
-                key: torch.tensor(value, dtype=torch.float32, device=cut.device) for key, value in scalars.items()
-            }
+        names_of = getattr(self.optimizer, "state_names", lambda group: set(keys))
+        expected = {p: names_of(group) for group in self.optimizer.param_groups for p in group["params"]}
+        for cut in self.cuts:
+            mine = [key for key in keys if key in expected[cut.flat]]
+            zeros = {key: torch.zeros(cut.stop - cut.start, device=cut.flat.device) for key in mine}
+            numbers = {key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()}
+            self.optimizer.state[cut.flat] = zeros | {k: v.to(cut.flat.device) for k, v in numbers.items()}
+        for bucket in self.zero.buckets:
+            if self._is_filed(bucket):
+                self.files.put(bucket, self._by_bucket[id(bucket)], self.optimizer, wait=True)
 
-    def _first_state(self) -> dict[str, Any]:
-        if self.optimizer is None or not self._cuts:
-            return {}
-        return dict(self.optimizer.state.get(self._cuts[0][2], {}))
+    def _state(self, cut: Cut) -> dict[str, Any]:
+        return dict(self.optimizer.state.get(cut.flat, {}))
 
 
 def decays_weight(place: Placed) -> bool:
@@ -80,11 +262,34 @@ def decays_weight(place: Placed) -> bool:
     return len(place.spec.shape) > 1
 
 
+def _from_config(zero: Zero, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, over the module's parameters, biases and norms without weight decay."""
+    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    for bucket in zero.buckets:
+        for place in bucket.placed:
+            groups[decays_weight(place)].append((place.name, place.parameter))
+    listed = [
+        {"params": members, "weight_decay": config.weight_decay if decays else 0.0}
+        for decays, members in groups.items()
+        if members
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    arguments: dict[str, Any] = {"lr": config.lr}
+    match config.optimizer:
+        case "adam":
+            name = "AdamW" if config.decoupled_weight_decay else "Adam"
+            arguments |= {"betas": betas, "eps": config.adam_eps}
+        case "sgd":
+            name, arguments = "SGD", arguments | {"momentum": config.sgd_momentum}
+        case "lion":
+            name, arguments = "Lion", arguments | {"betas": betas}
+        case "lamb" | "muon" | "adam8bit" as other:
+            name = {"lamb": "Lamb", "muon": "Muon", "adam8bit": "AdamW8bit"}[other]
+            arguments |= {"betas": betas, "eps": config.adam_eps}
+        case "adagrad":
+            name = "Adagrad"
+    return make_optimizer(name, listed, arguments)
+
+
 def _per_element(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _make(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=True)
-    return fused_adamw(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps)

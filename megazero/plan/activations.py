@@ -60,7 +60,8 @@ class Activations:
     def __init__(self, config: RunConfig) -> None:
         parallel, model = config.parallel, config.model
         self.config, self.model, self.recompute = config, model, config.recompute
-        self.element = WEIGHT_BYTES[config.training.precision]
+        autocast = config.training.autocast != "none"
+        self.element = 2 if autocast else WEIGHT_BYTES[config.training.precision]
         self.tp, self.cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
         self.split = self.tp if parallel.sequence_parallel else 1
         self.tokens = config.training.micro_batch_size * config.data.seq_length / self.cp

@@ -9,7 +9,9 @@
     cp   p2p: keys and values cp - 1 times round, twice in backward's case with their fp32 gradients cp times
          (Liu et al., 2310.01889); a2a: queries, keys, values and result exchanged, forward and backward
          (Jacobs et al., 2309.14509)
-    zero DESIGN.md's table: gradients reduce-scattered, then gathered (stage 0) or the weights are (stage 1)
+    zero of P parameters, g micro-batches: gradients reduce-scattered once (stages 0, 1) or g times; stage 0 gathers
+         them, 1 and 2 gather the weights, 3 gathers the weights for each forward and each backward: 2P, 2P, (g+1)P, 3gP
+         (Rajbhandari et al., 1910.02054)
 
 n = b · s/cp tokens; a send is what is sent. What is recomputed communicates again, but for the last operation of what
 is recomputed as one. The padding of buckets and the few numbers that all ranks agree on (token counts, norms) are not
@@ -25,7 +27,8 @@ from typing import NamedTuple
 
 from megazero.config.schema import RunConfig
 from megazero.plan.cut import StageCut
-from megazero.plan.memory import WEIGHT_BYTES, LocalParameters
+from megazero.plan.memory import WEIGHT_BYTES, gradient_bytes, reused, wire_bytes
+from megazero.plan.parameters import Parameter, persistent
 
 
 class Volume(NamedTuple):
@@ -63,14 +66,14 @@ def communication(
     config: RunConfig,
     cut: Sequence[StageCut],
     pp_rank: int,
-    parameters: LocalParameters,
+    listed: Sequence[Parameter],
     group: int,
     micro_batches: int,
 ) -> tuple[Volume, ...]:
     """What a rank at this position of the pp axis sends in a step.
 
     Args:
-        parameters: its parameters. group: ranks of its ZeRO group, dp · cp. micro_batches: of its replica in a step.
+        listed: its parameters. group: ranks of its ZeRO group, dp · cp. micro_batches: of its replica in a step.
     """
     stages = [stage for stage in cut if stage.rank == pp_rank]
     volumes = _Volumes(WEIGHT_BYTES[config.training.precision])
@@ -79,7 +82,7 @@ def communication(
         _tensor_parallel(volumes, config, stage, micro_batches * tokens)
         _context_parallel(volumes, config, len(stage.layers), micro_batches * tokens)
         _pipeline(volumes, config, cut, stage, micro_batches * tokens)
-    _zero(volumes, config, parameters, group)
+    _zero(volumes, config, listed, group, micro_batches)
     return tuple(Volume(*key, *volumes.found[key]) for key in sorted(volumes.found))
 
 
@@ -145,14 +148,40 @@ def _pipeline(volumes: _Volumes, config: RunConfig, cut: Sequence[StageCut], sta
     volumes.add("pp", "send", 2, len(elsewhere) * hidden)
 
 
-def _zero(volumes: _Volumes, config: RunConfig, parameters: LocalParameters, group: int) -> None:
-    wire = 2 if config.parallel.grad_reduce_in_bf16 else 4
-    volumes.add("zero", "reduce-scatter", group, parameters.elements, wire)
-    if config.parallel.zero_stage == 0:
-        volumes.add("zero", "all-gather", group, parameters.elements, 4)
+def _zero(volumes: _Volumes, config: RunConfig, listed: Sequence[Parameter], group: int, batches: int) -> None:
+    """Stage s over g micro-batches, each × (N-1)/N: 0: P + P (an all-reduce), 1: P + P, 2: gP + P, 3: gP + 2gP."""
+    stage, elements = config.parallel.zero_stage, sum(parameter.elements for parameter in listed)
+    gradient, wire = gradient_bytes(config), wire_bytes(config)
+    volumes.add("zero", "reduce-scatter", group, elements * (batches if stage >= 2 else 1), wire)
+    if stage == 0:
+        volumes.add("zero", "all-gather", group, elements, gradient)
+    elif stage < 3:
+        volumes.add("zero", "all-gather", group, elements)
     else:
-        volumes.add("zero", "all-gather", group, parameters.elements)
+        whole = persistent(config, listed)  # gathered once, after the step
+        volumes.add("zero", "all-gather", group, whole + batches * _gathered(config, listed))
     tp, groups = config.parallel.tensor_model_parallel_size, config.model.num_query_groups or 1
-    volumes.add("tp", "all-reduce", tp, parameters.summed_over_tp / group, 4)
-    volumes.add("tp", "all-reduce", max(tp // groups, 1), parameters.copied_over_tp / group, 4)
-    volumes.add("pp", "all-reduce", 2, parameters.tied_to_other_stage / group, 4)
+    for axis, size, summed in (("tp", tp, "tp"), ("tp", max(tp // groups, 1), "copies"), ("pp", 2, "pp")):
+        volumes.add(axis, "all-reduce", size, _summed(listed, summed) / group, gradient)
+
+
+def _gathered(config: RunConfig, listed: Sequence[Parameter]) -> int:
+    """Elements that stage 3 gathers in one micro-batch: for forward and again for backward, but for the embedding's
+    rows, which no backward reads, and the head's, whose gradients this model computes in forward. A tied embedding is
+    gathered for both of its uses in forward."""
+    threshold = config.parallel.stage3_param_persistence_threshold or 0
+    kept = reused(config, listed)
+    tied = not config.model.untie_embeddings_and_output_weights and any(p.unit == "norm" for p in listed)
+    found = 0
+    for parameter in listed:
+        if parameter.elements < threshold:
+            continue
+        ends = parameter.unit in ("embedding", "head", "")
+        found += parameter.elements * (
+            1 + (tied and parameter.unit == "embedding" if ends else parameter.unit not in kept)
+        )
+    return found
+
+
+def _summed(listed: Sequence[Parameter], ranks: str) -> int:
+    return sum(parameter.elements for parameter in listed if parameter.summed == ranks)

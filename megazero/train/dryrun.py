@@ -26,7 +26,8 @@ from megazero.parallel.topology import Topology
 from megazero.plan.communication import communication
 from megazero.plan.cut import cut_layers, describe_cut
 from megazero.plan.flops import flops_per_token, parameter_count
-from megazero.plan.memory import local_parameters
+from megazero.plan.memory import Homes
+from megazero.plan.parameters import parameters
 from megazero.plan.rank import largest_rank, rank_memory, remedies
 from megazero.plan.schedule import UNIT_TIMES, Action, Table, bubble_formula, draw, replay
 from megazero.zero.buckets import Bucket, make_buckets
@@ -89,9 +90,9 @@ def _report(config: RunConfig, topology: Topology) -> int:
     print("\n".join([*_communication(config, topology, batches), ""]))
     elements = sum(bucket.length for bucket in buckets)
     pp_rank = topology.group("pp").rank
-    components = rank_memory(config, topology.world_size, pp_rank, table, elements)
-    print("\n".join([f"memory of rank {topology.rank}", *_bytes(components)]))
-    return _verdict(config, topology, table, limit, sum(components.values()))
+    homes = rank_memory(config, topology.world_size, pp_rank, table, elements)
+    print("\n".join([f"memory of rank {topology.rank}", *_bytes(homes.device), *_elsewhere(homes)]))
+    return _verdict(config, topology, table, limit, sum(homes.device.values()))
 
 
 def table_of(config: RunConfig, batches: int) -> Table:
@@ -158,8 +159,8 @@ def _parameters(config: RunConfig, topology: Topology, buckets: list[Bucket]) ->
 
 def _communication(config: RunConfig, topology: Topology, batches: int) -> list[str]:
     cut, pp_rank = cut_layers(config), topology.group("pp").rank
-    parameters = local_parameters(config, [stage for stage in cut if stage.rank == pp_rank])
-    volumes = communication(config, cut, pp_rank, parameters, topology.size("zero"), batches)
+    listed = parameters(config, [stage for stage in cut if stage.rank == pp_rank])
+    volumes = communication(config, cut, pp_rank, listed, topology.size("zero"), batches)
     lines = [
         f"  {volume.axis:<5} {volume.operation:<15} {volume.elements:>20,.0f} elements {volume.bytes / 1e9:>12,.3f} GB"
         for volume in volumes
@@ -170,6 +171,15 @@ def _communication(config: RunConfig, topology: Topology, batches: int) -> list[
 def _bytes(components: dict[str, float]) -> list[str]:
     lines = [f"  {name:<19} {count / _GIB:>9,.3f} GiB" for name, count in components.items()]
     return [*lines, f"  {'together':<19} {sum(components.values()) / _GIB:>9,.3f} GiB"]
+
+
+def _elsewhere(homes: Homes) -> list[str]:
+    """What is offloaded."""
+    lines = []
+    for title, components in (("CPU memory", homes.cpu), ("files", homes.nvme)):
+        if components:
+            lines += [f"{title} of this rank", *_bytes(components)]
+    return lines
 
 
 def _verdict(config: RunConfig, topology: Topology, table: Table, limit: int, own: float) -> int:
@@ -187,5 +197,7 @@ def _verdict(config: RunConfig, topology: Topology, table: Table, limit: int, ow
     for flags, needed in found:
         print(f"  would fit with {flags}: {needed / _GIB:,.2f} GiB")
     if not found:
-        print("  no change of recomputation, micro-batch size, tp or pp helps enough; use more or larger devices")
+        print(
+            "  no change of ZeRO, offload, recomputation, micro-batch size, tp or pp helps; use more or larger devices"
+        )
     return 1

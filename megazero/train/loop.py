@@ -226,7 +226,7 @@ class Loop:
                 "lm_loss": sum(finite) / len(finite) if finite else math.nan,
                 "learning_rate": self.learning_rate,
                 "grad_norm": result.grad_norm,
-                "loss_scale": 1.0,
+                "loss_scale": self.run.engine.loss_scale,
                 "iteration_time_ms": seconds * 1e3,
                 "tokens_per_second": self.tokens_per_step / seconds,
                 "tflops_per_device": per_device / 1e12,

@@ -83,20 +83,24 @@ def resume_or_start(run: Run) -> tuple[Progress, LearningRate]:
             f"--optimizer {config.optimizer.optimizer}, but {source} has the state of {state['optimizer']['kind']}. "
             "Give the same optimizer, or start from its weights alone with --finetune and another --output-dir."
         )
-    run.engine.optimizer.prepare(state["optimizer"]["states"], state["optimizer"]["scalars"])
+    assert run.engine.shards is not None
+    run.engine.shards.prepare(state["optimizer"]["states"], state["optimizer"]["scalars"])
     load(source, step, run.engine.pieces(for_save=False), run.topology.group("world"))
     run.engine.loaded()
+    if run.engine.scaler is not None and state.get("loss_scaler") is not None:
+        run.engine.scaler.load(state["loss_scaler"])
     return progress, rate
 
 
 def save(run: Run, progress: Progress, rate: LearningRate) -> None:
     """Write a checkpoint of this moment and drop the oldest beyond --keep-last. Collective."""
-    config, optimizer = run.config, run.engine.optimizer
-    assert config.checkpoint.save is not None
+    config, optimizer = run.config, run.engine.shards
+    assert optimizer is not None and config.checkpoint.save is not None
     state = {
         "progress": asdict(progress),
         "learning_rate": rate.state(),
         "data": _data_order(run),
+        "loss_scaler": None if run.engine.scaler is None else run.engine.scaler.state(),
         "optimizer": {
             "kind": config.optimizer.optimizer,
             "states": optimizer.state_keys(),

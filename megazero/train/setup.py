@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from megazero.base.device import (
-    cpu_threads_for,
     default_backend,
     device_for,
     device_type,
     initialize_distributed,
     shutdown_distributed,
 )
-from megazero.base.launch import Launch
+from megazero.base.launch import Launch, cpu_threads_for
 from megazero.base.log import Log
 from megazero.config.layers import Setting, with_settings
 from megazero.config.schema import RunConfig

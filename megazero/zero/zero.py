@@ -1,26 +1,29 @@
 """Zero: a model's parameters, gradients and optimizer state over the data-parallel ranks, by stage.
 
-    backward hook ─► grads[place] += gradient ─► bucket complete? ─► reduce-scatter (overlaps backward)
-    finish_reduction ─► norm, clip, step on the shard's master ─► publish: cast, all-gather (overlaps the next forward)
+    backward ─► Reduction: into buckets, reduce-scatter (overlaps backward) ─► finish_reduction
+    norm, clip, step on the shard's master ─► publish: cast, all-gather (overlaps the next forward)
+    stage 3 ─► Gatherer: whole parameters around each use
 
 The ZeRO group is the flattened (dp, cp) axes. A gradient is ready when `.grad` was filled, whoever filled it: hooks
-are one entry, `gradient_ready` the explicit one. Buckets are reduced strictly in order, so that every rank issues the
-same communication in the same order.
+are one entry, `gradient_ready` the explicit one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from megazero.parallel.collectives import Pending, all_gather_slices, all_reduce, reduce_scatter_slices
-from megazero.parallel.sharding import Box, spec_of, spec_slice_boxes, whole
+from megazero.parallel.collectives import Pending, all_gather_slices
+from megazero.parallel.sharding import Box, spec_slice_boxes
 from megazero.parallel.topology import Topology
-from megazero.zero.buckets import Bucket, Placed, make_buckets
+from megazero.zero.adopt import drop_gradients, give_specs, leave_meta, settle_others, values_of, with_leaves
+from megazero.zero.buckets import Bucket, Placed, innermost, make_buckets
+from megazero.zero.gather import Gatherer, Limits
+from megazero.zero.homes import Homes
+from megazero.zero.reduction import Reduction
 from megazero.zero.stages import STAGES
 
 
@@ -31,8 +34,9 @@ class Zero:
         model: parameters may be on meta (with a `shard_spec`) or real; afterwards they are views of flat buffers.
         initial: gives the fp32 values, local shape, of a parameter that is on meta. Real ones keep theirs, which are to
             be equal on all ranks of the ZeRO group.
-        units: names of the modules that no bucket crosses (blocks).
-        wire_dtype: type in which gradients travel; None is fp32.
+        units: names of the modules that no bucket crosses and that stage 3 gathers as one (blocks).
+        trained: whether a parameter that needs a gradient is the optimizer's; the gradients of others are dropped.
+        homes: where what is kept lives; default: on the device.
     """
 
     def __init__(
@@ -49,94 +53,162 @@ class Zero:
         overlap_reduce: bool = True,
         overlap_gather: bool = True,
         wire_dtype: torch.dtype | None = None,
+        grad_dtype: torch.dtype = torch.float32,
+        limits: Limits | None = None,
+        persistence_threshold: int = 0,
+        trained: Callable[[nn.Parameter], bool] = lambda parameter: True,
+        homes: Homes | None = None,
     ) -> None:
-        self.topology, self.group = topology, topology.group("zero")
-        self.lifetimes = STAGES[stage]
-        self.overlap_reduce, self.overlap_gather, self.wire_dtype = overlap_reduce, overlap_gather, wire_dtype
-        _give_specs(model, topology)
-        empty = _leave_meta(model, device)
-        sharded = self.lifetimes.optimizer_sharded
-        self.buckets = make_buckets(model, units, self.group, sharded=sharded, limit=bucket_elements)
-        for bucket in self.buckets:
+        self.model, self.topology, self.group = model, topology, topology.group("zero")
+        self.stage, self.lifetimes, self.dtype, self.device = stage, STAGES[stage], dtype, device
+        self.overlap_gather = overlap_gather
+        self.homes = homes or Homes(device)
+        alone = self.group.size == 1
+        self._shards_parameters = self.lifetimes.parameters_sharded and not (alone and self.homes.param == "none")
+        self._shards_gradients = self.lifetimes.gradients_sharded and not (
+            alone and (self.homes.optimizer == "none" or device.type == "cpu")
+        )
+        give_specs(model, topology)
+        empty = leave_meta(model, device)
+        units = with_leaves(model, units, self.group.size)
+        buckets = self._lay_out(model, units, bucket_elements, persistence_threshold, trained)
+        source = partial(values_of, initial, empty)
+        for bucket in buckets:
             bucket.allocate(
                 dtype,
                 device,
-                lambda place: initial(place) if place.parameter in empty else place.parameter.detach().float(),
+                source,
+                grad_dtype=grad_dtype,
+                shard_gradients=self._shards_gradients,
+                shard_parameters=self._shards_parameters and bucket.numel > 0 and not self._is_small(bucket),
+                place=self.homes.place(bucket.length if bucket.trainable else 0, bucket.width),
             )
-        self._home: dict[nn.Parameter, tuple[int, Placed]] = {
-            place.parameter: (index, place) for index, bucket in enumerate(self.buckets) for place in bucket.placed
-        }
-        self.local_sums: list[Tensor] = []
-        """Sum of each bucket's gradients on this rank alone, in the last reduction."""
+        settle_others(model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device)
+        self.buckets = [bucket for bucket in buckets if bucket.trainable]
+        """Of parameters that are trained, in about the order in which backward fills them."""
+        self.frozen = [bucket for bucket in buckets if not bucket.trainable]
+        """Stage 3: of parameters that are not trained."""
+        self.reduction = Reduction(
+            self.buckets,
+            sharded=self._shards_gradients,
+            gather=not self.lifetimes.optimizer_sharded,
+            overlap=overlap_reduce,
+            wire_dtype=wire_dtype,
+        )
+        for bucket in self.frozen:
+            drop_gradients(place.parameter for place in bucket.placed)
+        self.gatherer: Gatherer | None = None
+        sharded = [bucket for bucket in buckets if bucket.parameters_sharded]
+        if sharded:
+            self.gatherer = Gatherer(model, sharded, units, limits or Limits())
+            self.reduction.on_complete = self._done_with
         self._gathers: dict[int, Pending] = {}
-        self._reductions: list[Pending] = []
-        self.expect(lambda parameter: 1)
-        self.sync = True
-        """False while a backward only accumulates: the boundary of gradient accumulation is a later one."""
-        for parameter in self._home:
+        self._finished_early = False
+        for parameter in self.reduction.home:
             parameter.register_post_accumulate_grad_hook(self.gradient_ready)
-        if overlap_gather and sharded and self.group.size > 1:
+        if overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1:
             self._wait_before_use(model, units)
+
+    def _lay_out(
+        self,
+        model: nn.Module,
+        units: list[str],
+        limit: int | None,
+        threshold: int,
+        trained: Callable[[nn.Parameter], bool],
+    ) -> list[Bucket]:
+        """All buckets: trained parameters, for stage 3 frozen ones too, small ones of stage 3 apart."""
+        self._small: set[nn.Parameter] = set()
+        if self._shards_parameters:
+            self._small = {p for p in model.parameters() if p.numel() < threshold}
+
+        def kind(parameter: nn.Parameter) -> object:
+            train = parameter.requires_grad and trained(parameter)
+            if not train and not (self._shards_parameters and parameter.is_floating_point()):
+                return None
+            return train, parameter.requires_grad
+
+        sharded = self.lifetimes.optimizer_sharded
+
+        def lay_out(units: list[str], small: bool) -> list[Bucket]:
+            return make_buckets(
+                model,
+                units,
+                self.group,
+                sharded=sharded,
+                limit=limit,
+                wanted=lambda p: kind(p) if (p in self._small) == small else None,
+                trained=trained,
+            )
+
+        return lay_out(units, small=False) + (lay_out([], small=True) if self._small else [])
+
+    def _is_small(self, bucket: Bucket) -> bool:
+        return bucket.placed[0].parameter in self._small
 
     # gradients
 
-    def expect(self, arrivals: Callable[[nn.Parameter], int]) -> None:
-        """How often a gradient comes at the boundary until it is whole: in a pipeline once a micro-batch and stage."""
-        self._arrivals = {parameter: arrivals(parameter) for parameter in self._home}
-        self._begin()
+    @property
+    def sync(self) -> bool:
+        """False while a backward only accumulates: the boundary of gradient accumulation is a later one."""
+        return self.reduction.sync
 
-    def _begin(self) -> None:
-        self._filled: set[nn.Parameter] = set()
-        self._missing = [sum(self._arrivals[place.parameter] for place in bucket.placed) for bucket in self.buckets]
-        self._next = 0  # buckets before this one are on their way
-        self._reductions = []
+    @sync.setter
+    def sync(self, value: bool) -> None:
+        self.reduction.sync = value
 
-    @torch.no_grad()
-    def gradient_ready(self, parameter: nn.Parameter) -> None:
-        """Move `parameter.grad` into its bucket; at the boundary, start reducing buckets that are complete."""
-        assert parameter.grad is not None
-        index, place = self._home[parameter]
-        target = self.buckets[index].grads[place.start : place.stop].view(place.spec.local_shape)
-        if parameter in self._filled:
-            target.add_(parameter.grad)
+    @property
+    def local_sums(self) -> list[Tensor]:
+        """Sum of each bucket's gradients on this rank alone, in the last step."""
+        return self.reduction.local_sums
+
+    def expect(self, arrivals: Callable[[nn.Parameter], int], micro_batches: int = 1) -> None:
+        """How often a gradient comes for a micro-batch (in a pipeline once for each stage that holds the parameter),
+        and how many micro-batches a pipeline takes at once."""
+        if self._shards_gradients and micro_batches > 1:
+            self.reduction.expect(arrivals, ordered=False)
         else:
-            target.copy_(parameter.grad)
-            self._filled.add(parameter)
-        parameter.grad = None
-        if self.sync:
-            self._missing[index] -= 1
-            if self.overlap_reduce:
-                while self._next < len(self.buckets) and self._missing[self._next] <= 0:
-                    self._reduce_next()
+            self.reduction.expect(lambda parameter: micro_batches * arrivals(parameter), ordered=True)
 
-    def _reduce_next(self) -> None:
-        bucket = self.buckets[self._next]
-        if self._next == 0:
-            self.local_sums = []
-        self._next += 1
-        for place in bucket.placed:
-            if place.parameter not in self._filled:  # unused in this step
-                bucket.grads[place.start : place.stop].zero_()
-        # A sum is finite exactly when its terms are (overflow aside): tells later which rank made a bad gradient.
-        self.local_sums.append(bucket.grads.sum())
-        self._reductions.append(reduce_scatter_slices(bucket.grads, self.group, self.wire_dtype, bucket.padding))
+    def gradient_ready(self, parameter: nn.Parameter) -> None:
+        """Take `parameter.grad`."""
+        self.reduction.gradient_ready(parameter)
 
-    @torch.no_grad()
+    def count_unused(self) -> float:
+        """Parameters that got no gradient on this rank since the last step."""
+        return float(len(self.reduction.home) - len(self.reduction.ever_filled))
+
+    def end_backward(self) -> None:
+        """After a backward: stages 2 and 3 reduce what is left. Collective."""
+        if self._shards_gradients:
+            self.reduction.end_round(after_backward=True)
+        if self.gatherer is not None:
+            self.gatherer.end_backward()
+
+    def discard(self) -> None:
+        """Forget all gradients since the last step. Every rank does."""
+        self.reduction.discard()
+        self._finished_early = False
+
     def finish_reduction(self) -> None:
-        """Reduce what is left and wait. Afterwards each bucket's `owned` part of `grads` is the sum over all ranks."""
+        """Reduce what is left and wait. Afterwards each bucket's `reduced` is the sum over all ranks."""
         self.wait_parameters()  # what no forward has used may still be on its way, and the step will change it
-        while self._next < len(self.buckets):
-            self._reduce_next()
-        gathers = []
-        for bucket, pending in zip(self.buckets, self._reductions, strict=True):
-            pending.wait()
-            if bucket.grad_sum is not None:
-                all_reduce(bucket.grads[bucket.slice[0] : bucket.slice[1]], bucket.grad_sum)
-            if not self.lifetimes.optimizer_sharded:
-                gathers.append(all_gather_slices(bucket.grads, self.group, bucket.padding))
-        for pending in gathers:
-            pending.wait()
-        self._begin()
+        if not self._finished_early or self.reduction.has_come():
+            self.reduction.finish()
+        self._finished_early = False
+        if self.gatherer is not None:
+            self.gatherer.end_backward()
+
+    def finish_reduction_early(self) -> None:
+        """The same before the step, for who wants to see or change the gradients; `finish_reduction` then has nothing
+        left to do."""
+        if self.reduction.has_come():
+            self.finish_reduction()
+            self._finished_early = True
+
+    def _done_with(self, bucket: Bucket) -> None:
+        if self.gatherer is not None and bucket.parameters_sharded:
+            self.gatherer.let_go(self.gatherer.of[bucket.placed[0].parameter])
 
     # parameters
 
@@ -144,10 +216,23 @@ class Zero:
     def publish(self) -> None:
         """After the step: make the updated masters the parameters of every rank."""
         for index in reversed(range(len(self.buckets))):  # the order in which forward needs them
-            bucket = self.buckets[index]
-            bucket.cast_master()
-            if self.lifetimes.optimizer_sharded and self.group.size > 1:
-                self._gathers[index] = all_gather_slices(bucket.values, self.group, bucket.padding)
+            self.publish_bucket(index)
+        self.end_publish()
+
+    @torch.no_grad()
+    def publish_bucket(self, index: int, master: Tensor | None = None) -> None:
+        """The same for one bucket. `master`: its updated master, when it is not where `bucket.master` finds it."""
+        bucket = self.buckets[index]
+        if bucket.parameters_sharded:
+            assert self.gatherer is not None
+            self.gatherer.let_go(self.gatherer.of[bucket.placed[0].parameter])
+        bucket.cast_master(master)
+        if self.lifetimes.optimizer_sharded and self.group.size > 1 and not bucket.parameters_sharded:
+            assert bucket.values is not None
+            self._gathers[index] = all_gather_slices(bucket.values, self.group, bucket.padding)
+
+    def end_publish(self) -> None:
+        """After the last bucket."""
         if not self.overlap_gather:
             self.wait_parameters()
 
@@ -163,10 +248,11 @@ class Zero:
     def _wait_before_use(self, model: nn.Module, units: list[str]) -> None:
         # A unit may read the parameters of modules inside it without calling these, as nn.MultiheadAttention does.
         at_once = set(units or [""])
+        home = self.reduction.home
         for name, module in model.named_modules():
-            if any(name.startswith(f"{unit}.") for unit in units):
+            if innermost(name, units) and name not in at_once:
                 continue  # the unit has waited
-            indices = {self._home[p][0] for p in module.parameters(recurse=name in at_once) if p in self._home}
+            indices = {home[p][0] for p in module.parameters(recurse=name in at_once) if p in home}
             if indices:
                 module.register_forward_pre_hook(partial(_wait_hook, self, sorted(indices)))
 
@@ -198,15 +284,19 @@ class Zero:
                     runs[-1][1] = hi
                 else:
                     runs.append([lo, hi])
-            norms += [torch.linalg.vector_norm(bucket.grads[lo:hi]) for lo, hi in runs]
+            first = bucket.owned[0]
+            reduced = bucket.reduced
+            norms += [
+                torch.linalg.vector_norm(reduced[lo - first : hi - first], dtype=torch.float32) for lo, hi in runs
+            ]
         if not norms:
-            return torch.zeros((), dtype=torch.float64, device=self.buckets[0].grads.device)
-        return torch.stack(norms).double().square().sum()
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack([norm.to(self.device) for norm in norms]).double().square().sum()
 
     def scale_gradients(self, factor: Tensor | float) -> None:
         """Multiply the owned gradients."""
         for bucket in self.buckets:
-            bucket.grads[bucket.owned[0] : bucket.owned[1]].mul_(factor)
+            bucket.reduced.mul_(factor)
 
     def pieces(
         self, buffers: Iterable[tuple[Bucket, int, Tensor]], *, for_save: bool, suffix: str = ""
@@ -234,29 +324,10 @@ class Zero:
         """The fp32 masters, as `pieces` takes them."""
         return [(bucket, bucket.owned[0], bucket.master) for bucket in self.buckets]
 
+    def frozen_shards(self) -> list[tuple[Bucket, int, Tensor]]:
+        """Stage 3: parameters that are not trained, in the model's type, as `pieces` takes them."""
+        return [(bucket, bucket.slice[0], bucket.shard) for bucket in self.frozen]
+
 
 def _wait_hook(zero: Zero, indices: list[int], module: nn.Module, args: object) -> None:
     zero.wait_parameters(indices)
-
-
-def _give_specs(model: nn.Module, topology: Topology) -> None:
-    """Describe the parameters of modules that know nothing of megazero: whole, and equal on all tp ranks."""
-    for name, parameter in model.named_parameters():
-        if not hasattr(parameter, "shard_spec"):
-            spec = replace(whole(name, tuple(parameter.shape)), replicas=topology.group("tp").ranks)
-            parameter.shard_spec = spec  # type: ignore[attr-defined]
-
-
-def _leave_meta(model: nn.Module, device: torch.device) -> set[nn.Parameter]:
-    """Give parameters that are on meta an empty tensor on `device` to be rebound, and return these; ties stay."""
-    replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is None or not old.is_meta:
-                continue
-            if old not in replaced:
-                new = nn.Parameter(torch.empty(old.shape, device=device), requires_grad=old.requires_grad)
-                new.shard_spec = spec_of(name, old)  # type: ignore[attr-defined]
-                replaced[old] = new
-            module._parameters[name] = replaced[old]
-    return set(replaced.values())

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megazero.base import device as device_module
+from megazero.base import launch as launch_module
 from megazero.base.device import (
-    Launch,
-    cpu_threads_for,
     default_backend,
     device_for,
     device_type,
@@ -23,6 +22,7 @@ from megazero.base.device import (
     peak_flops,
     shutdown_distributed,
 )
+from megazero.base.launch import Launch, cpu_threads_for
 from megazero.base.errors import ConfigError
 
 TORCHRUN = {
@@ -187,13 +187,13 @@ def test_memory_is_this_process_resident_set():
     ],
 )
 def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch, environ, ranks, threads):
-    monkeypatch.setattr(device_module, "_usable_cores", lambda: 8)
+    monkeypatch.setattr(launch_module, "usable_cores", lambda: 8)
     assert cpu_threads_for(ranks, environ) == threads
 
 
 def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch):
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(device_module, "_CPU_QUOTA", quota)
+    monkeypatch.setattr(launch_module, "_CPU_QUOTA", quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     assert cpu_threads_for(1, {}) == 16
     quota.write_text("400000 100000\n")

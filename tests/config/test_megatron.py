@@ -77,7 +77,14 @@ def test_every_flag_of_megatron_is_ours_or_explained() -> None:
             ["--use-rotary-position-embeddings"],
             "--use-rotary-position-embeddings: use --position-embedding-type rope (the default).",
         ),
-        (["--fp16"], "--fp16: fp16 is not available in this version; use --bf16 or --precision fp32."),
+        (["--use-megatron-fsdp"], "--use-megatron-fsdp: use --zero-stage 3."),
+        (
+            ["--data-parallel-sharding-strategy", "optim"],
+            "--data-parallel-sharding-strategy: use --zero-stage: 0 is no_shard, 1 optim, 2 optim_grads, "
+            "3 optim_grads_params.",
+        ),
+        (["--muon-momentum", "0.9"], "--muon-momentum: muon has its authors' settings; use --optimizer muon alone."),
+        (["--optimizer-offload-fraction", "0.5"], "--optimizer-offload-fraction: use --offload-ratio."),
         (
             ["--lr-decay-samples", "100"],
             "--lr-decay-samples: the schedule counts steps; use --lr-decay-iters (samples / global-batch-size).",
@@ -97,9 +104,8 @@ def test_every_flag_of_megatron_is_ours_or_explained() -> None:
             "use --global-batch-size.",
         ),
         (
-            ["--deepspeed_config", "ds.json"],
-            "--deepspeed-config: reading a ds_config.json is not available in this version; "
-            "use --zero-stage and a --recipe.",
+            ["--no-pipeline-parallel"],
+            "--no-pipeline-parallel: a pipeline is there only with --pipeline-model-parallel-size above 1; remove it.",
         ),
     ],
 )

@@ -70,7 +70,7 @@ def test_reads_values_by_the_fields_types() -> None:
         ("model: !!python/object:os.system {}\n", "r.yaml line 1: not valid YAML: could not determine a constructor"),
         (
             "",
-            "r.yaml: a recipe is a mapping of sections (model, parallel, data, training, recompute, dry_run, ",
+            "r.yaml: a recipe is a mapping of sections (model, parallel, offload, data, training, ",
         ),
         ("# nothing\n", "r.yaml: a recipe is a mapping of sections"),
         ("- model\n", "r.yaml: a recipe is a mapping of sections"),

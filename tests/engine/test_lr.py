@@ -44,6 +44,12 @@ TABLE = [  # style, changes, n -> learning rate
     ("WSD", {"lr_wsd_decay_style": "exponential"}, {90: 1.0, 100: 0.1 + 0.9 * (math.sqrt(2) - 1), 110: 0.1}),
     ("WSD", {"lr_wsd_decay_style": "minus_sqrt"}, {90: 1.0, 95: 0.55, 100: 0.1 + 0.9 * (1 - math.sqrt(0.5)), 110: 0.1}),
     ("cosine", {"lr_warmup_init": 0.2}, {0: 0.2, 5: 0.6, 10: 1.0}),
+    (
+        "linear",
+        {"lr_warmup_style": "log", "lr_warmup_init": 0.5},
+        {0: 0.5, 1: 0.5, 5: 0.5 + 0.5 * math.log(5, 10), 10: 1.0, 60: 0.55},
+    ),
+    ("constant", {"lr_warmup_style": "log", "lr_warmup_iters": 1}, {0: 0.0, 1: 0.0, 2: 1.0}),
     ("linear", {"lr_warmup_iters": 0}, {0: 1.0, 55: 0.55, 110: 0.1}),
     ("linear", {"lr_warmup_fraction": 0.05}, {0: 0.0, 5: 5 / 5.5, 6: 0.1 + 0.9 * (1 - 0.5 / 104.5)}),
 ]
@@ -80,6 +86,8 @@ def test_all_problems_are_told_at_once():
 def test_the_state_survives_json():
     rate = course("WSD", derived=("lr_decay_iters",), lr_warmup_fraction=0.03)
     back = LearningRate.from_state(json.loads(json.dumps(rate.state())))
+    older = {name: value for name, value in rate.state().items() if name != "lr_warmup_style"}
+    assert LearningRate.from_state(older) == rate
     assert back == rate
     assert "derived" not in rate.state()
     with pytest.raises(CheckpointError, match=r"another version wrote it.*--finetune"):

@@ -157,7 +157,7 @@ def train(kind: str, zero: int = 1, axes: tuple[int, int, int] | None = None, **
         result = engine.train_step(batches, PipelineModule.loss, float(count), lr=1e-2)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    buckets = [(b, b.owned[0], b.grads[b.owned[0] : b.owned[1]]) for b in engine.zero.buckets]
+    buckets = [(b, b.owned[0], b.reduced) for b in engine.zero.buckets]
     gradients = assemble(engine, buckets)
     total, tokens = engine.evaluate([module.micro_batch(*data(kind, 9)[0])], PipelineModule.loss, 1.0)
     weights = assemble(engine, engine.zero.masters())

@@ -39,7 +39,7 @@ AXES: dict[str, dict[str, Changes]] = {
         "cp4 p2p": {"cp": 4, "cp_comm": "p2p"},
         "cp4 a2a": {"cp": 4, "cp_comm": "a2a"},
     },
-    "zero": {"": {}, "zero0": {"zero": 0}},
+    "zero": {"": {}, "zero0": {"zero": 0}, "zero2": {"zero": 2}, "zero3": {"zero": 3}},
     "sequence": {"": {}, "sequence": {"sequence": True}},
     "micro-batch": {"": {}, "micro-batch1": {"micro_batch": 1}, "micro-batch4": {"micro_batch": 4}},
     "recompute": {

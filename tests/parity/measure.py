@@ -129,7 +129,7 @@ def train(layout: Layout, settings: dict[str, Any] | None = None, sabotage: str 
         result = engine.train_step(batches, forward.loss_sum, count, lr=LEARNING_RATE)
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
-        grads = [(b, b.owned[0], b.grads[b.owned[0] : b.owned[1]]) for b in engine.zero.buckets]
+        grads = [(b, b.owned[0], b.reduced) for b in engine.zero.buckets]
         outcome.gradients.append(assemble(engine, grads))
     outcome.weights = assemble(engine, engine.zero.masters())
     return outcome if topology.rank == 0 else None

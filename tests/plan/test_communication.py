@@ -10,7 +10,7 @@ import torch
 from megazero.parallel.topology import Topology
 from megazero.plan.communication import communication
 from megazero.plan.cut import cut_layers
-from megazero.plan.memory import local_parameters
+from megazero.plan.parameters import parameters
 from megazero.train.build import build_engine
 from tests.harness import Ranks
 from tests.plan.measure import batch, configuration, fake
@@ -29,6 +29,14 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (4, {}),
     (2, {"parallel__zero_stage": 0}),
     (2, {"parallel__grad_reduce_in_bf16": True, "training__global_batch_size": 8}),
+    *((4, {"parallel__zero_stage": stage, "training__global_batch_size": 24}) for stage in (0, 1, 2, 3)),
+    (4, {"parallel__zero_stage": 2, "parallel__grad_accum_dtype": "model", "training__global_batch_size": 16}),
+    (4, {"parallel__zero_stage": 0, "parallel__grad_accum_dtype": "model"}),
+    (4, {"parallel__zero_stage": 3, "parallel__stage3_param_persistence_threshold": 5000}),
+    (4, {"parallel__zero_stage": 3, "parallel__stage3_max_reuse_distance": 200_000}),
+    (4, {"parallel__zero_stage": 3, **FULL, "training__global_batch_size": 16}),
+    (4, {"parallel__zero_stage": 3, "model__untie_embeddings_and_output_weights": False}),
+    (4, {**TP2, "parallel__zero_stage": 3}),
     (4, TP2),
     (2, {**TP2, "parallel__sequence_parallel": False}),
     (8, {"parallel__tensor_model_parallel_size": 8, "model__qk_layernorm": True}),
@@ -65,8 +73,8 @@ def compare(topology: Topology, world: int, changes: dict[str, Any]) -> None:
     sent = topology.traffic.since(before)
     counted = {key: count.bytes for key, count in sent.items() if key[1] not in ("scalars", "padding")}
     cut, pp_rank = cut_layers(config), topology.group("pp").rank
-    parameters = local_parameters(config, [stage for stage in cut if stage.rank == pp_rank])
-    volumes = communication(config, cut, pp_rank, parameters, topology.size("zero"), batches)
+    listed = parameters(config, [stage for stage in cut if stage.rank == pp_rank])
+    volumes = communication(config, cut, pp_rank, listed, topology.size("zero"), batches)
     # sums over tp and pp go over slices of buckets with their padding
     padding = 4 * 2 * sum(bucket.padding for bucket in engine.zero.buckets if bucket.grad_sum is not None)
     found = {(volume.axis, volume.operation): volume.bytes for volume in volumes}

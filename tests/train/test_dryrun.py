@@ -63,6 +63,32 @@ def test_what_is_said_of_a_pipeline(schedule: str, capsys: pytest.CaptureFixture
         assert re.search(rf"{component} +[\d.]+ GiB", said)
 
 
+def test_what_is_said_of_zero_and_offload(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--world-size", "4", "--num-layers", "4", "--hidden-size", "256")
+    assert plan(*SMALL, *flags, "--zero-stage", "2") == 0
+    said = capsys.readouterr().out
+    assert "ZeRO 2" in said and re.search(r"gradient buckets +[\d.]+ GiB", said) and "CPU memory" not in said
+    assert plan(*SMALL, *flags, "--zero-stage", "3", "--offload-optimizer", "cpu", "--offload-param", "cpu") == 0
+    device, elsewhere = capsys.readouterr().out.split("CPU memory of this rank\n")
+    assert re.search(r"gathered weights +[\d.]+ GiB", device) and "optimizer state" not in device
+    for component in ("weights", "gradients", "master weights", "optimizer state"):
+        assert re.search(rf"^  {component} +[\d.]+ GiB", elsewhere, re.MULTILINE)
+    nvme = ("--offload-optimizer", "nvme", "--offload-optimizer-path", "/no/such/disk")
+    assert plan(*SMALL, *flags, "--zero-stage", "3", *nvme) == 0  # a plan reads and writes nothing
+    assert re.search(r"^files of this rank\n  master weights +[\d.]+ GiB", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_zero_and_offload_are_among_the_remedies(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--recipe", "llama3_8b.yaml", "--dry-run", "--world-size", "32", "--device-memory", "26GiB")
+    assert plan(*flags, "--zero-stage", "0") == 1
+    said = capsys.readouterr().out
+    for words in ("--zero-stage 2:", "--offload-optimizer cpu --zero-stage 1:", "--offload-param cpu"):
+        assert (
+            words in said
+            or words.replace("--offload-optimizer cpu --zero-stage 1", "--zero-stage 1 --offload-optimizer cpu") in said
+        )
+
+
 def test_what_does_not_fit_names_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--recipe", "llama3_8b.yaml", "--dry-run", "--world-size", "32")
     assert plan(*flags, "--device-memory", "26GiB") == 1

@@ -110,12 +110,12 @@ def assembled(zero: Zero, buffers: Any) -> dict[str, Tensor]:
 
 
 def gradients(zero: Zero) -> dict[str, Tensor]:
-    return assembled(zero, [(b, b.owned[0], b.grads[b.owned[0] : b.owned[1]]) for b in zero.buckets])
+    return assembled(zero, [(b, b.owned[0], b.reduced) for b in zero.buckets])
 
 
 def descend(zero: Zero, rate: float = 0.01) -> None:
     for bucket in zero.buckets:
-        bucket.master -= rate * bucket.grads[bucket.owned[0] : bucket.owned[1]]
+        bucket.master -= rate * bucket.reduced
     zero.publish()
 
 

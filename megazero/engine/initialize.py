@@ -1,0 +1,201 @@
+"""`megazero.initialize()`: a module, and what a script has beside it, to an engine. DeepSpeed's call.
+
+configuration ─► ranks, Topology ─► "auto", batch ─► equal values on all ranks ─► optimizer ─► Engine ─► scheduler
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megazero.base.errors import ConfigError
+from megazero.base.log import Log
+from megazero.config.deepspeed import DeepSpeedConfig, ModelFacts, Named, Options, read_deepspeed, resolve_deepspeed
+from megazero.config.deepspeed_source import read_tree
+from megazero.config.layers import Setting, with_settings
+from megazero.config.schema import OptimizerConfig, RunConfig
+from megazero.engine.distributed import join
+from megazero.engine.engine import Engine
+from megazero.engine.foreign import shard_foreign
+from megazero.engine.given import OptimizerSource, make_client_optimizer, make_client_scheduler
+from megazero.engine.loader import Loader
+from megazero.engine.mpu import topology_of
+from megazero.engine.precision import DTYPES
+from megazero.engine.prepare import check_real, equalize, move_buffers
+from megazero.engine.units import units_of
+from megazero.parallel.pipeline_module import PipelineModule
+from megazero.parallel.topology import Topology
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | DeepSpeedConfig | RunConfig
+Initialized = tuple[Engine, Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the configuration comes to, for known ranks and a known module."""
+
+    config: RunConfig
+    optimizer: Named | OptimizerConfig | None
+    scheduler: Named | None
+    options: Options
+    report: str | None
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: OptimizerSource = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: Source | None = None,
+    mesh_param: Any = None,
+    config_params: Source | None = None,
+) -> Initialized:
+    """Make an engine of any module: (engine, optimizer, dataloader, lr_scheduler). Collective over all ranks.
+
+    Runs as a plain process, or under a launcher (torchrun), whose process group it joins.
+
+    Args:
+        args: a namespace with `deepspeed_config`, the path of a configuration, in place of `config`.
+        model: any nn.Module (Hugging Face models too), or a PipelineModule. Ranks of one ZeRO group start from the first
+            one's values.
+        optimizer: a torch optimizer over the model's parameters, or a function that makes one of them; by default the
+            configuration's. Without either nothing is trained.
+        model_parameters: parameters or groups for the optimizer; by default all that need a gradient.
+        training_data: a dataset, for the third result and for train_batch().
+        lr_scheduler: a scheduler of the optimizer, or a function that makes one of it; by default the configuration's.
+        mpu: Megatron's object that knows the parallel groups.
+        collate_fn: makes a batch of a list of samples.
+        config: a ds_config.json (path, mapping or base64 text), or a RunConfig. `config_params` is its old name.
+        distributed_port, dist_init_required: DeepSpeed's; the launcher's address is used, and the process group is
+            joined where there is one to join. mesh_param: see `topology` in PipelineModule; here it is an error.
+
+    Raises ConfigError for what is missing or contradicts itself, with every problem at once.
+    """
+    if model is None:
+        raise ConfigError("initialize() needs model=…, the module to train.")
+    if mesh_param is not None:
+        raise ConfigError(
+            f"mesh_param={mesh_param!r}: a mesh for DeepSpeed's sequence parallelism, which megazero has not got for "
+            "modules from elsewhere. Leave it out."
+        )
+    given = _given(args, config, config_params)
+    source = given if isinstance(given, RunConfig) else read_deepspeed(given)
+    launch, device = join()
+    log = Log(dist.get_rank() if dist.is_initialized() else 0)
+    topology = _topology(model, mpu, source, device)
+    settings = _settle(source, topology, model, device)
+    if settings.report:
+        log.main(settings.report)
+    check_real(model)
+    model = shard_foreign(model, topology) if mpu is None else model
+    equalize(model, topology, device)
+    move_buffers(model, device, DTYPES[settings.config.training.precision])
+    named = settings.optimizer if isinstance(settings.optimizer, Named) else None
+    made: Any = make_client_optimizer(model, optimizer, model_parameters, named, log.main)
+    if made is None and isinstance(settings.optimizer, OptimizerConfig):
+        made = settings.optimizer
+    engine = Engine(model, topology, settings.config, device, units_of(model), optimizer=made)
+    inner = None if engine.shards is None else engine.shards.optimizer
+    engine.lr_scheduler = make_client_scheduler(inner, lr_scheduler, settings.scheduler, log.main)
+    engine.source = None if isinstance(given, RunConfig | DeepSpeedConfig) else read_tree(given)[0]
+    if training_data is not None:
+        engine.feed.set_loader(_loader(training_data, engine, settings, collate_fn))
+    engine.reporter.begin(settings.options.steps_per_print or 0, engine.train_batch_size())
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _given(args: Any, config: Source | None, config_params: Source | None) -> Source:
+    """The one configuration that was given. Raises ConfigError for none, or for several."""
+    named = {
+        "args.deepspeed_config": getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None),
+        "config": config,
+        "config_params": config_params,
+    }
+    given = {name: value for name, value in named.items() if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"initialize() got a configuration {len(given)} times: {', '.join(given)}. Give one of them.")
+    if not given:
+        raise ConfigError(
+            "initialize() needs a configuration: config= the path of a ds_config.json, a dict or a RunConfig, or an "
+            'args with deepspeed_config. The shortest is {"train_micro_batch_size_per_gpu": 1}.'
+        )
+    return next(iter(given.values()))
+
+
+def _topology(model: nn.Module, mpu: Any, source: RunConfig | DeepSpeedConfig, device: torch.device) -> Topology:
+    if isinstance(model, PipelineModule):
+        return model.topology
+    if mpu is not None:
+        return topology_of(mpu)
+    tp = 1
+    if isinstance(source, RunConfig):
+        tp = source.parallel.tensor_model_parallel_size
+    else:
+        setting = source.settings.get("parallel.tensor_model_parallel_size")
+        tp = int(setting.value) if setting is not None else 1
+    return Topology.build(tp=tp, device_type=device.type)
+
+
+def _settle(
+    source: RunConfig | DeepSpeedConfig, topology: Topology, model: nn.Module, device: torch.device
+) -> Settings:
+    """The configuration for these ranks and this model, with the precision that "auto" means here."""
+    replicas = topology.size("dp")
+    if isinstance(source, RunConfig):
+        options = Options(steps_per_print=source.logging.log_interval)
+        return Settings(_with_precision(source, device), source.optimizer, None, options, None)
+    found = resolve_deepspeed(source, data_parallel_size=replicas, model=facts_of(model))
+    config = _with_precision(found.config, device)
+    return Settings(config, found.optimizer, found.scheduler, found.options, found.report.text())
+
+
+def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    if config.training.precision != "auto":
+        return config
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    return with_settings(config, {"training.precision": Setting(precision, f"derived: auto on {device.type}")})
+
+
+def facts_of(model: nn.Module) -> ModelFacts:
+    """The sizes that "auto" is made of."""
+    units = units_of(model)
+    modules = dict(model.named_modules())
+    sizes = [sum(p.numel() for p in modules[name].parameters()) for name in units if name in modules]
+    total = sum(p.numel() for p in model.parameters())
+    return ModelFacts(total, _hidden_size(getattr(model, "config", None)), max(sizes, default=total))
+
+
+def _hidden_size(config: Any) -> int | None:
+    """Where Hugging Face configurations say it."""
+    for holder in (config, getattr(config, "text_config", None)):
+        for name in ("hidden_size", "hidden_sizes", "d_model", "n_embd"):
+            value = getattr(holder, name, None)
+            if isinstance(value, list | tuple) and value:
+                value = max(value)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _loader(data: Any, engine: Engine, settings: Settings, collate_fn: Callable[[list[Any]], Any] | None) -> Loader:
+    return Loader(
+        data,
+        engine.topology.group("dp"),
+        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        seed=settings.config.training.seed,
+        collate_fn=collate_fn,
+        drop_last=settings.options.dataloader_drop_last or engine.topology.size("pp") > 1,
+        pin_memory=engine.device.type == "cuda",
+    )

@@ -1,0 +1,45 @@
+"""Making a user's module ready: its buffers on the device, and the same values on all ranks before they are sharded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megazero.base.errors import ConfigError
+from megazero.parallel.collectives import broadcast
+from megazero.parallel.topology import Topology
+from megazero.zero.init import slice_of
+
+
+def check_real(module: nn.Module) -> None:
+    """Raises ConfigError for parameters on meta that nobody knows how to fill."""
+    empty = [n for n, p in module.named_parameters() if p.is_meta and not hasattr(p, "shard_spec")]
+    if empty:
+        raise ConfigError(
+            f"{len(empty)} parameters are on the meta device, {empty[0]} for one, and have no values to start from. Build "
+            "the model outside torch.device('meta'); for one that is larger than memory use megazero.zero.Init()."
+        )
+
+
+def move_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Buffers to the device; floating ones that are saved with the module in its weights' type, as module.to(dtype)
+    does. What is not saved (tables of rotary frequencies) keeps its type, which it was computed in for a reason."""
+    for holder in module.modules():
+        for name, buffer in holder._buffers.items():
+            if buffer is None or buffer.is_meta:
+                continue
+            cast = buffer.is_floating_point() and name not in holder._non_persistent_buffers_set
+            holder._buffers[name] = buffer.to(device=device, dtype=dtype if cast else buffer.dtype)
+
+
+def equalize(module: nn.Module, topology: Topology, device: torch.device) -> None:
+    """Give every rank of a ZeRO group the first one's parameters and buffers. Collective."""
+    group = topology.group("zero")
+    if group.size == 1:
+        return
+    tensors = [p.data for p in module.parameters() if not p.is_meta and slice_of(p) is None]
+    for tensor in [*tensors, *(b for b in module.buffers() if not b.is_meta)]:
+        moved = tensor.to(device).contiguous()
+        broadcast(moved.view(torch.uint8) if moved.dtype == torch.bool else moved, group, 0)
+        if moved.data_ptr() != tensor.data_ptr():
+            tensor.copy_(moved)

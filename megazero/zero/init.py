@@ -1,0 +1,215 @@
+"""Building a model that is larger than one rank's memory: `with megazero.zero.Init(): model = Model(...)`.
+
+    module.weight = Parameter(…)  ─► live, whole, newest ── more live than the budget? ─► oldest: own slice alone
+    module.weight is read         ─► gathered, live again (an initialiser may write it)
+    end of the block              ─► all of them slices
+
+A parameter is cut into equal slices of its flattened values in its own type, so that the fp32 master can later be made
+from what was never cast. What a rank wrote is replaced by what the group's first rank wrote: a model has one set of
+initial values, whatever the ranks' random states. `initialize()` takes the slices over, bucket by bucket.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from megazero.base.device import default_backend, device_for, initialize_distributed
+from megazero.base.launch import Launch
+from megazero.parallel.collectives import all_gather_slices, broadcast
+from megazero.parallel.topology import AxisGroup
+
+LIVE_ELEMENTS = 16_000_000
+"""Elements that may be whole at once while a model is built, if no single parameter is larger."""
+
+
+@dataclass
+class Slice:
+    """A parameter of which this rank holds one slice."""
+
+    group: AxisGroup
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    own: Tensor
+    """[ceil(numel / ranks)]"""
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        """All of it [shape]. Collective."""
+        flat = torch.empty(self.own.numel() * self.group.size, dtype=self.dtype, device=self.device)
+        flat.chunk(self.group.size)[self.group.rank].copy_(self.own)
+        all_gather_slices(flat, self.group, padding=flat.numel() - self.numel).wait()
+        return flat[: self.numel].view(self.shape)
+
+
+_SLICES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def slice_of(parameter: Tensor) -> Slice | None:
+    """What stands behind a parameter that `Init` has cut and no engine has taken over."""
+    found: Slice | None = _SLICES.get(parameter)
+    return found
+
+
+def forget(parameter: Tensor) -> None:
+    """Its values are elsewhere now."""
+    _SLICES.pop(parameter, None)
+
+
+@torch.no_grad()
+def cut(parameter: nn.Parameter, group: AxisGroup, home: torch.device | None = None, source: int = 0) -> None:
+    """Keep this rank's slice of a whole parameter, with the values of the group's member `source`. Collective."""
+    width = -(-parameter.numel() // group.size)
+    flat = parameter.data.reshape(-1)
+    if flat.data_ptr() != parameter.data.data_ptr() or group.size > 1:
+        flat = flat.contiguous()
+    broadcast(flat, group, source)
+    own = torch.zeros(width, dtype=flat.dtype, device=home or flat.device)
+    part = flat[group.rank * width : (group.rank + 1) * width]
+    own[: part.numel()] = part
+    known = _SLICES.get(parameter)
+    if known is not None:
+        known.own.copy_(own)
+    else:
+        _SLICES[parameter] = Slice(group, parameter.shape, parameter.dtype, parameter.device, own)
+    shape = parameter.shape
+    parameter.data = torch.full((), torch.nan, dtype=flat.dtype, device=flat.device).expand(shape)
+
+
+class Init:
+    """Context in which the parameters of new modules are cut over the data-parallel ranks as they come to be.
+
+    Works for constructors, `from_config` and `from_pretrained` of local files: every rank runs the same code. After the
+    block parameters show NaN of their shape; `GatheredParameters` shows their values.
+
+    Args:
+        config_dict_or_path, config: a ds_config. With a `zero_optimization.stage` other than 3 nothing is cut.
+        data_parallel_group: ranks to cut over; default: `mpu`'s data-parallel group, else all.
+        remote_device: `cpu` keeps the slices in CPU memory (`nvme` too, until `initialize`).
+        enabled: False makes the block do nothing.
+        dtype: type of floating-point parameters; default: their own (fp32 masters come from these).
+        module, mem_efficient_linear, pin_memory, param_dict, sequence_data_parallel_group: DeepSpeed's. `module`: cut
+            the parameters of this module at once. The others have nothing to do here.
+    """
+
+    _active: Init | None = None
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: dist.ProcessGroup | None = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        param_dict: Any = None,
+        sequence_data_parallel_group: Any = None,
+    ) -> None:
+        source = config if config is not None else config_dict_or_path
+        self.enabled = enabled and (source is None or _stage_of(source) == 3)
+        self.dtype, self.home = dtype, torch.device("cpu") if remote_device in ("cpu", "nvme") else None
+        self._group_given, self._mpu = data_parallel_group, mpu
+        self._live: OrderedDict[nn.Parameter, None] = OrderedDict()
+        if module is not None and self.enabled:
+            group = self._find_group()
+            for parameter in module.parameters():
+                cut(parameter, group, self.home)
+
+    def __enter__(self) -> Init:
+        if not self.enabled or Init._active is not None:  # an outer block does it
+            self._restore: Callable[[], None] | None = None
+            return self
+        self.group = self._find_group()
+        register, read = nn.Module.register_parameter, nn.Module.__getattr__
+        taking = self._take
+
+        def register_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if parameter is not None:
+                taking(parameter)
+
+        def getattr_(module: nn.Module, name: str) -> Any:
+            value = read(module, name)
+            if isinstance(value, nn.Parameter):
+                taking(value)
+            return value
+
+        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign, assignment]
+        nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]
+        Init._active = self
+
+        def restore() -> None:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+            nn.Module.__getattr__ = read  # type: ignore[method-assign]
+            Init._active = None
+
+        self._restore = restore
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._restore is None:
+            return
+        self._restore()
+        if kind is None:  # after an error the ranks may not be at the same place
+            self._shrink(0)
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        """A parameter was registered or read: it is whole, and the newest."""
+        if parameter.is_meta or not parameter.is_floating_point():
+            return
+        known = _SLICES.get(parameter)
+        if known is not None and parameter not in self._live:
+            parameter.data = known.whole()
+        elif known is None and self.dtype is not None and parameter.dtype != self.dtype:
+            parameter.data = parameter.data.to(self.dtype)
+        self._live[parameter] = None
+        self._live.move_to_end(parameter)
+        self._shrink(max(LIVE_ELEMENTS, parameter.numel()))
+
+    def _shrink(self, limit: int) -> None:
+        """Cut the oldest until no more than `limit` elements are whole."""
+        total = sum(parameter.numel() for parameter in self._live)
+        while self._live and total > limit:
+            parameter, _ = self._live.popitem(last=False)
+            total -= parameter.numel()
+            cut(parameter, self.group, self.home)
+
+    def _find_group(self) -> AxisGroup:
+        launch = Launch.from_environment()
+        if launch.world_size > 1 and not dist.is_initialized():
+            device = device_for(launch.local_rank, launch.local_world_size)
+            initialize_distributed(launch, default_backend(device.type), 10.0)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return AxisGroup("zero", (0,), 0, None)
+        handle = self._group_given
+        if handle is None and self._mpu is not None:
+            handle = self._mpu.get_data_parallel_group()
+        handle = handle or dist.group.WORLD
+        ranks = tuple(dist.get_process_group_ranks(handle))
+        return AxisGroup("zero", ranks, ranks.index(dist.get_rank()), handle)
+
+
+def _stage_of(source: Any) -> int | None:
+    from megazero.config.deepspeed import read_deepspeed
+
+    setting = read_deepspeed(source).settings.get("parallel.zero_stage")
+    return 0 if setting is None else int(setting.value)

@@ -1,0 +1,145 @@
+"""The blocks that use transformers' Trainer, accelerate or peft: each a script of its own, run under the alias by
+`python -m megazero.integrations.deepspeed` in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.seeds import tiny
+from tests.seeds.blocks import code, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(folder: Path, *parts: str) -> str:
+    """What a script of these parts prints, run in this folder."""
+    (folder / "train.py").write_text("\n".join(parts))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "megazero.integrations.deepspeed", "train.py"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+GPT2 = """
+import torch
+from transformers import GPT2LMHeadModel
+from tests.seeds.tiny import examples
+model = GPT2LMHeadModel.from_pretrained("./tiny-gpt2")
+train_dataset, eval_dataset = examples(64), examples(8)
+"""
+
+
+PLAIN = """
+def plain_losses(batches, lr, every, clip=1.0):
+    # the same training with torch alone, in fp32: the mean of `every` batches a step
+    plain = GPT2LMHeadModel.from_pretrained("./tiny-gpt2")
+    optimizer, losses = torch.optim.AdamW(plain.parameters(), lr=lr), []
+    for number, batch in enumerate(batches, 1):
+        losses.append(plain(**batch).loss)
+        (losses[-1] / 8).backward()
+        if number % every == 0:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return [loss.item() for loss in losses]
+"""
+
+
+def test_trainer(tmp_path: Path) -> None:
+    tiny.gpt2(tmp_path)
+    (tmp_path / "ds_config.json").write_text(json.dumps(settings("S2 4.1")))
+    after = """
+import json
+from torch.utils.data import DataLoader
+mean = trainer.state.log_history[-1]["train_loss"]
+plain = plain_losses(list(DataLoader(train_dataset, batch_size=4)) * 3, 5e-5, 8)
+print(json.dumps([trainer.state.global_step, mean, sum(plain) / len(plain), trainer.evaluate()["eval_loss"]]))
+"""
+    steps, mean, plain, evaluated = json.loads(script(tmp_path, GPT2, PLAIN, code("S2 5.3"), after).splitlines()[-1])
+    assert steps == 3 * 64 / (4 * 8)
+    assert mean == pytest.approx(plain, rel=2e-3) and evaluated < plain
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    tiny.gpt2(tmp_path)
+    before = """
+from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader
+AcceleratorState._reset_state()
+model = GPT2LMHeadModel.from_pretrained("./tiny-gpt2")
+train_dataloader = DataLoader(train_dataset, batch_size=2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+seen = []
+model.register_forward_hook(lambda module, args, output: seen.append(output.loss.item()))
+"""
+    after = """
+import json
+plain = plain_losses(DataLoader(train_dataset, batch_size=2), 1e-2, every)
+print(json.dumps([model.global_steps, model.skipped_steps, seen, plain]))
+"""
+    block = code("S2 5.4")
+    head, loop = block.split("for batch in train_dataloader:\n")
+    body = loop.replace("    ", "        ")
+    accumulated = f"{head}for batch in train_dataloader:\n    with accelerator.accumulate(model):\n{body}"
+    printed = script(tmp_path, GPT2, PLAIN, before, block, "every = 1", after, before, accumulated, "every = 8", after)
+    results = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
+    for expected, (steps, skipped, losses, plain) in zip((32, 4), results, strict=True):
+        assert (steps, skipped) == (expected, 0)
+        assert losses == pytest.approx(plain, rel=0.01) and len(losses) == 32
+
+
+def test_lora(tmp_path: Path) -> None:
+    tiny.llama(tmp_path)
+    tiny.alpaca(tmp_path)
+    (tmp_path / "ds_zero2_config.json").write_text(json.dumps(settings("S2 12.1 json")))
+    script(tmp_path, code("S2 12.1"))
+    saved = tmp_path / "llama2-finetuned-final"
+    assert (saved / "adapter_model.safetensors").exists()
+    from safetensors.torch import load_file
+
+    adapters = load_file(saved / "adapter_model.safetensors")
+    moved = [name for name, value in adapters.items() if "lora_B" in name and value.abs().sum() > 0]
+    assert len(moved) == 2 * 4  # two layers, four projections; they start at zero
+
+
+def check_zero_init(folder: str) -> None:
+    """Block 2.3: a model that is built sharded has the values of the file."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.seeds.blocks import place, run
+
+    whole = AutoModelForCausalLM.from_pretrained(f"{folder}/tiny-llama")
+    with place(folder, ds_config=settings("S2 2.3")):
+        names = run("S2 2.3 code", {})
+        model, zero = names["model"], names["deepspeed"].zero
+        with zero.GatheredParameters(model.parameters()):
+            for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+                assert torch.equal(ours.float(), theirs.float()), name
+        held = sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+        assert held < sum(p.untyped_storage().nbytes() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_model_built_sharded(world_size: int, ranks: object, tmp_path: Path) -> None:
+    tiny.llama(tmp_path)
+    ranks.run(check_zero_init, world_size, str(tmp_path))  # type: ignore[attr-defined]
