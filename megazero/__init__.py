@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megazero.config.arguments import add_config_arguments
     from megazero.engine.distributed import init_distributed
     from megazero.engine.engine import Engine
     from megazero.engine.initialize import initialize
@@ -28,10 +29,12 @@ __all__ = [
     "PipelineModule",
     "TiedLayerSpec",
     "Topology",
+    "add_config_arguments",
     "init_distributed",
     "initialize",
 ]
 _HOMES = {
+    "add_config_arguments": "megazero.config.arguments",
     "Engine": "megazero.engine.engine",
     "initialize": "megazero.engine.initialize",
     "init_distributed": "megazero.engine.distributed",

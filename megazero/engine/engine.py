@@ -24,6 +24,7 @@ from megazero.engine.checkpoint import Piece
 from megazero.engine.feed import Feed
 from megazero.engine.front import Front
 from megazero.engine.introspection import Reporter, state_bytes
+from megazero.engine.monitors import Monitors
 from megazero.engine.optimizer import ShardOptimizer
 from megazero.engine.optimizer_view import OptimizerView
 from megazero.engine.precision import DTYPES, Precision
@@ -100,6 +101,7 @@ class Engine(Front, Queries):
         self.reporter = Reporter(
             config.logging, topology, self.timers, lambda: state_bytes(module, self.zero, self.shards)
         )
+        self.monitors: Monitors | None = None
         self.last: StepResult | None = None
         self.source: Mapping[str, Any] | None = None
         self._loss_is_scaled = False
@@ -112,8 +114,8 @@ class Engine(Front, Queries):
         """
         if self.precision.autocast is not None:
             raise ConfigError(
-                "autocast with a pipeline of several stages: it changes the types of what goes from one to the next. Use "
-                "bf16 weights (precision bf16), or one stage."
+                "autocast with a pipeline of several stages: it changes the types of what goes from one to the next. "
+                "Use bf16 weights (precision bf16), or one stage."
             )
         self.pipeline = pipeline = make(self._take_gradients)
         holders = Counter(p for stage in pipeline.stages for p in stage.module.parameters())

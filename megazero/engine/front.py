@@ -104,7 +104,7 @@ class Front(Parts):
         accumulation = self.accumulation
         if accumulation.held:
             raise RuntimeError("step() inside no_sync(): gradients are held back here. Call step() after the block.")
-        self.zero.end_backward()
+        self.zero.end_backward(ran=False)  # of a plain loss.backward()
         boundary = accumulation.at_boundary
         accumulation.micro_steps += 1
         accumulation.applied = False
@@ -163,6 +163,10 @@ class Front(Parts):
         scale = None if self.scaler is None else self.scaler.scale
         counters = (accumulation.global_steps, accumulation.skipped_steps)
         self.reporter.stepped(result, *counters, self.get_lr(), scale)
+        if self.monitors is not None:
+            values = {"train_loss": result.loss, "grad_norm": result.grad_norm, "loss_scale": scale}
+            lr = dict(zip(("lr",), self.get_lr(), strict=False))
+            self.monitors.write(accumulation.global_steps * self.train_batch_size(), values | lr)
 
     # a whole batch at a time
 
@@ -238,7 +242,7 @@ class Front(Parts):
         named = [self._micro_batch(batch) for batch in batches]
         pipeline, count = self._pipeline_for(named[0]), float(self.accumulation.steps * self.accumulation.replicas)
         self.zero.sync = True
-        with self.timers("forward and backward"):
+        with self.timers("forward and backward"), self.precision.forward():
             total = pipeline.train(named, torch.tensor(count / self.loss_scale, device=self.device))
             self.zero.end_backward()
         self.accumulation.micro_steps += len(batches)

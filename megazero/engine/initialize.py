@@ -25,6 +25,7 @@ from megazero.engine.engine import Engine
 from megazero.engine.foreign import shard_foreign
 from megazero.engine.given import OptimizerSource, make_client_optimizer, make_client_scheduler
 from megazero.engine.loader import Loader
+from megazero.engine.monitors import Monitors
 from megazero.engine.mpu import topology_of
 from megazero.engine.precision import DTYPES
 from megazero.engine.prepare import check_real, equalize, move_buffers
@@ -68,8 +69,8 @@ def initialize(
 
     Args:
         args: a namespace with `deepspeed_config`, the path of a configuration, in place of `config`.
-        model: any nn.Module (Hugging Face models too), or a PipelineModule. Ranks of one ZeRO group start from the first
-            one's values.
+        model: any nn.Module (Hugging Face models too), or a PipelineModule. Ranks of one ZeRO group start from its
+            first one's values.
         optimizer: a torch optimizer over the model's parameters, or a function that makes one of them; by default the
             configuration's. Without either nothing is trained.
         model_parameters: parameters or groups for the optimizer; by default all that need a gradient.
@@ -92,7 +93,7 @@ def initialize(
         )
     given = _given(args, config, config_params)
     source = given if isinstance(given, RunConfig) else read_deepspeed(given)
-    launch, device = join()
+    _, device = join()
     log = Log(dist.get_rank() if dist.is_initialized() else 0)
     topology = _topology(model, mpu, source, device)
     settings = _settle(source, topology, model, device)
@@ -112,6 +113,8 @@ def initialize(
     engine.source = None if isinstance(given, RunConfig | DeepSpeedConfig) else read_tree(given)[0]
     if training_data is not None:
         engine.feed.set_loader(_loader(training_data, engine, settings, collate_fn))
+    engine.monitors = Monitors(settings.options.monitors, log)
+    _apply_pipeline_options(model, settings.options, log)
     engine.reporter.begin(settings.options.steps_per_print or 0, engine.train_batch_size())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
@@ -187,6 +190,19 @@ def _hidden_size(config: Any) -> int | None:
             if isinstance(value, int):
                 return value
     return None
+
+
+def _apply_pipeline_options(model: nn.Module, options: Options, log: Log) -> None:
+    """What the section `pipeline` says to a PipelineModule, which is built already."""
+    if not isinstance(model, PipelineModule):
+        return
+    if options.activation_checkpoint_interval is not None:
+        model.set_activation_checkpoint_interval(options.activation_checkpoint_interval)
+    if options.seed_layers and not model.seed_layers:
+        log.main(
+            "pipeline.seed_layers comes too late: the layers are built when the PipelineModule is made. Pass "
+            "seed_layers=True there."
+        )
 
 
 def _loader(data: Any, engine: Engine, settings: Settings, collate_fn: Callable[[list[Any]], Any] | None) -> Loader:

@@ -11,7 +11,7 @@ the loader is a new epoch. The ranks of one model replica (tp, pp, cp) see the s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, cast
 from zlib import crc32
 
@@ -98,7 +98,7 @@ class Loader:
         }
         length = None
         if hasattr(data, "__len__") and not isinstance(data, IterableDataset):
-            length = len(data)
+            length = len(cast(Sized, data))
         if length is not None:
             self._sampler = ShardedSampler(
                 length, group, seed=seed, shuffle=shuffle, multiple=micro_batch_size, drop=drop_last

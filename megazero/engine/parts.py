@@ -14,6 +14,7 @@ from megazero.engine.accumulation import Accumulation
 from megazero.engine.checkpoint import Piece
 from megazero.engine.feed import Feed
 from megazero.engine.introspection import Reporter
+from megazero.engine.monitors import Monitors
 from megazero.engine.optimizer import ShardOptimizer
 from megazero.engine.optimizer_view import OptimizerView
 from megazero.engine.precision import Precision
@@ -52,6 +53,7 @@ class Parts:
     feed: Feed
     timers: Timers
     reporter: Reporter
+    monitors: Monitors | None
     last: StepResult | None
     """What the last update did."""
     source: Mapping[str, Any] | None
@@ -65,6 +67,7 @@ class Parts:
 
         @property
         def loss_scale(self) -> float: ...
+        def train_batch_size(self) -> int: ...
         def get_lr(self) -> list[float]: ...
         def pieces(self, *, for_save: bool) -> dict[str, list[Piece]]: ...
         def loaded(self) -> None: ...

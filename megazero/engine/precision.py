@@ -48,12 +48,13 @@ class Precision:
             with context:
                 yield
         except RuntimeError as error:
-            if self.dtype != torch.float32 and "type" in str(error) and any(s in str(error) for s in _MISMATCH):
+            said = f"{error} {error.__cause__}"
+            if self.dtype != torch.float32 and "type" in said and any(part in said for part in _MISMATCH):
                 name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
                 error.add_note(
                     f"The weights are {self.dtype}. If an input is not: cast it with .to({self.dtype}), or let the "
-                    f'engine do it with "{name}": {{"auto_cast": true}} (training.autocast_inputs), or keep fp32 weights '
-                    'and compute in 16 bits with "torch_autocast": {"enabled": true} (training.autocast).'
+                    f'engine do it with "{name}": {{"auto_cast": true}} (training.autocast_inputs), or keep fp32 '
+                    'weights and compute in 16 bits with "torch_autocast": {"enabled": true} (training.autocast).'
                 )
             raise
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from megazero.base.launch import Launch
 from megazero.engine import saving, whole
 from megazero.engine.parts import Parts
+from megazero.engine.units import units_of
 
 
 class ConfigView(Mapping[str, Any]):
@@ -66,6 +67,17 @@ class Queries(Parts):
         if own is None:
             raise AttributeError("config")
         return own
+
+    def compile(self, backend: Any = "inductor", compile_kwargs: Mapping[str, Any] | None = None) -> None:
+        """torch.compile for each block of the module (each unit that ZeRO gathers); ZeRO's own work stays outside."""
+        modules = dict(self.module.named_modules())
+        blocks = [modules[name] for name in units_of(self.module) if name in modules and list(modules[name].children())]
+        for block in blocks or [self.module]:
+            block.forward = torch.compile(block.forward, backend=backend, **(compile_kwargs or {}))
+
+    def destroy(self) -> None:
+        """Let go of the optimizer and its state; the module stays, for inference."""
+        self.shards, self.optimizer, self.lr_scheduler = None, None, None
 
     # counters and sizes
 
@@ -162,8 +174,8 @@ class Queries(Parts):
     # weights as ordinary tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """The module's own state dict, of whole tensors, at every stage. Collective at stage 3, where they are copies on
-        every rank; `consolidated_state_dict` needs that room on one rank only, in CPU memory."""
+        """The module's own state dict, of whole tensors, at every stage. Collective at stage 3, where they are copies
+        on every rank; `consolidated_state_dict` needs that room on one rank only, in CPU memory."""
         found: dict[str, Any] = self.module.state_dict()
         return found
 

@@ -49,9 +49,9 @@ _TOPOLOGY = _names("megazero", "PipeDataParallelTopology PipeModelDataParallelTo
 )
 _ENGINE = _names("megazero.engine.engine", "DeepSpeedEngine=Engine PipelineEngine=Engine")
 _ZERO = {
-    **_names("megazero.zero.context", "Init GatheredParameters register_external_parameter"),
+    **_names("megazero.zero.context", "GatheredParameters register_external_parameter"),
     **_names("megazero.zero.context", "unregister_external_parameter=register_external_parameter"),
-    **_names(OURS + "names", "ZeroParamStatus"),
+    **_names(OURS + "names", "Init ZeroParamStatus"),
 }
 _CHECKPOINTING = _names(
     OURS + "checkpointing", "configure is_configured reset checkpoint non_reentrant_checkpoint=checkpoint"

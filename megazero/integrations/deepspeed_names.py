@@ -17,6 +17,7 @@ from megazero.base.device import device_type, memory_bytes
 from megazero.engine.units import units_of
 from megazero.integrations import deepspeed_checkpointing
 from megazero.integrations.deepspeed_comm import get_rank, init_distributed
+from megazero.zero import context
 
 DEEPSPEED_ENVIRONMENT_NAME = ".megazero_env"
 """The file of NAME=value lines that `megazero launch` gives to all machines."""
@@ -58,6 +59,14 @@ def initialize(args: Any = None, **given: Any) -> Any:
             deepspeed_checkpointing.section_of(config), result[0].topology if mpu is None else mpu
         )
     return result
+
+
+class Init(context.Init):
+    """`megazero.zero.Init`, in a process group even if that has one member: transformers asks it for its rank."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        init_distributed()
+        super().__init__(*args, **given)
 
 
 class ZeroParamStatus(Enum):

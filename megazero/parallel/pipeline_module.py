@@ -67,7 +67,7 @@ class PipelineModule(nn.Module):
     ) -> None:
         super().__init__()
         self.topology = _topology(num_stages, topology)
-        self.loss_fn, self.schedule = loss_fn, schedule
+        self.loss_fn, self.schedule, self.seed_layers = loss_fn, schedule, seed_layers
         self._layers = list(layers)
         self._metas = [MetaLayer(layer, index) for index, layer in enumerate(self._layers)]
         pp = self.topology.size("pp")
@@ -97,6 +97,12 @@ class PipelineModule(nn.Module):
     def units(self) -> list[str]:
         """Names of the layers, each of which is one unit of ZeRO."""
         return [f"layers.{name}" for name in self.layers]
+
+    def set_activation_checkpoint_interval(self, interval: int) -> None:
+        """Compute each run of so many layers again in backward from now on; 0: keep all."""
+        for stage in self._stages:
+            assert isinstance(stage.module, _Run)
+            stage.module.interval = interval
 
     def extra_repr(self) -> str:
         return "\n".join(

@@ -36,6 +36,8 @@ CHOICES: tuple[tuple[int, str, str], ...] = (
     (3, "nvme", "nvme"),
 )
 """(stage, home of the optimizer, home of the weights)."""
+ROOM = 0.93
+"""Share of a device's memory that is recommended to be used: the driver and fragmentation take a few GiB."""
 SHORTEST = 512
 """Tokens: sequences are not cut below this."""
 
@@ -85,6 +87,10 @@ class Row:
         known = self.machines.cpu_memory
         return self.device <= self.machines.device_memory and (known is None or self.cpu <= known)
 
+    @property
+    def is_tight(self) -> bool:
+        return self.device > ROOM * self.machines.device_memory
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -96,8 +102,10 @@ class Rung:
 
     @property
     def fastest(self) -> Row | None:
-        """Of those that fit, the one of the least cost; of nearly equal ones the one that needs least."""
-        return _cheapest([row for row in self.rows if row.fits])
+        """Of those that fit (with room to spare, if there are such) the one of the least cost; of nearly equal ones the
+        one that needs least."""
+        fitting = [row for row in self.rows if row.fits]
+        return _cheapest([row for row in fitting if not row.is_tight] or fitting)
 
     @property
     def smallest(self) -> Row:
@@ -179,6 +187,7 @@ def cheapest(rungs: list[Rung]) -> tuple[Rung, Row] | None:
     """The fastest row that fits of all these rungs."""
     found = [(rung, rung.fastest) for rung in rungs]
     fitting = [(rung, row) for rung, row in found if row is not None]
+    fitting = [(rung, row) for rung, row in fitting if not row.is_tight] or fitting
     return min(fitting, key=lambda pair: pair[1].seconds.total, default=None)
 
 

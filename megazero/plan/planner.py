@@ -174,9 +174,9 @@ def _words(rung: Rung, row: Row) -> str:
 
 def _tight(row: Row) -> list[str]:
     """What the formulas do not see: the driver's own memory, fragmentation."""
-    share = row.device / row.machines.device_memory
-    if share < 0.93:
+    if not row.is_tight:
         return []
+    share = row.device / row.machines.device_memory
     return [f"  that is {share:.0%} of the device; the driver and fragmentation take a few GiB too"]
 
 

@@ -23,6 +23,7 @@ from megazero.base.log import Log
 from megazero.config.layers import Setting, with_settings
 from megazero.config.schema import RunConfig
 from megazero.config.validate import resolve
+from megazero.config.zero_rules import warnings_of
 from megazero.data.build import Datasets, build_datasets
 from megazero.data.tokenizer import Tokenizer, build_tokenizer
 from megazero.engine.engine import Engine
@@ -63,6 +64,8 @@ def set_up(config: RunConfig) -> Iterator[Run]:
         if config.model.vocab_size is None:
             config = _derived(config, "model.vocab_size", tokenizer.vocab_size, "size of the tokenizer")
     config = _settle(resolve(config, launch.world_size), device)
+    for warning in warnings_of(config):
+        log.main(f"warning: {warning}")
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads_for(launch.local_world_size))
     backend = config.parallel.distributed_backend or default_backend(device.type)

@@ -32,9 +32,9 @@ def zero_of(
     Raises ConfigError and OffloadError when the folders for NVMe cannot be used.
     """
     parallel = config.parallel
-    limits = Limits(live=parallel.stage3_max_live_parameters, reuse=parallel.stage3_max_reuse_distance)
-    if parallel.stage3_prefetch_bucket_size is not None:
-        limits = Limits(parallel.stage3_prefetch_bucket_size, limits.live, limits.reuse)
+    limits = Limits(
+        parallel.stage3_prefetch_bucket_size, parallel.stage3_max_live_parameters, parallel.stage3_max_reuse_distance
+    )
     return Zero(
         module,
         topology,

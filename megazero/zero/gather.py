@@ -30,8 +30,9 @@ from megazero.zero.homes import Transfer
 class Limits:
     """How much stage 3 keeps and fetches ahead, in elements."""
 
-    prefetch: int = 50_000_000
-    """Gather the following units ahead of their use while they have no more elements than this together."""
+    prefetch: int | None = None
+    """Gather the following units ahead of their use while they have no more elements than this together; None: the
+    next one, whatever its size."""
     live: int = 1_000_000_000
     """Fetch nothing ahead while more than this is whole."""
     reuse: int = 0
@@ -114,6 +115,8 @@ class Gatherer:
     # what a unit's forward does
 
     def enter(self, unit: str, indices: list[int]) -> None:
+        if self._depth == 0 and not in_backward():
+            self._backward.end()  # of an earlier micro-batch, in a pipeline
         self._depth += 1
         self._hooks.append(self._push())
         for index in indices:
@@ -259,17 +262,18 @@ class Gatherer:
             self._coming[index] = (values, all_gather_slices(values, bucket.group, bucket.padding))
 
     def _fetch_ahead(self, following: Iterable[str]) -> None:
-        ahead = 0
+        ahead, prefetch = 0, self.limits.prefetch
         whole = sum(self.buckets[index].numel for index in [*self._live, *self._coming])
         for unit in following:
             for index in self.units.get(unit, ()):
                 ahead += self.buckets[index].numel
-                if ahead > self.limits.prefetch or whole + ahead > self.limits.live:
+                if (prefetch is not None and ahead > prefetch) or whole + ahead > self.limits.live:
                     break
                 if index not in self._live:
                     self._start(index)
             else:
-                continue
+                if prefetch is not None:
+                    continue
             break
         if all(transfer is None for _, transfer in self._reading.values()):
             self._launch()

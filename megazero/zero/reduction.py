@@ -10,6 +10,7 @@ its bucket was reduced (a second loss, a reentrant checkpoint) opens the bucket 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -53,6 +54,7 @@ class Reduction:
         """Sum of each bucket's gradients on this rank alone, since the last step."""
         self.ever_filled: set[nn.Parameter] = set()
         """Parameters that got a gradient on this rank since the last step."""
+        self._lengths = Counter(bucket.length for bucket in buckets)
         self._free: dict[int, list[Tensor]] = {}  # whole-bucket buffers of stages 2 and 3, by length
         self._carried: dict[int, Tensor] = {}  # stages 0, 1: what this rank's slice was when its bucket opened again
         self._stored: set[int] = set()  # buckets of stages 2 and 3 whose shard holds something of this step
@@ -107,7 +109,7 @@ class Reduction:
             if self._missing[index] <= 0:
                 self._start(index)
                 self._missing[index] = self._expected(index)
-        elif self.overlap:
+        elif self.overlap or self.sharded:
             while self._next < len(self.buckets) and self._missing[self._next] <= 0:
                 self._reduce_next()
 
@@ -153,6 +155,8 @@ class Reduction:
             while len(self._under_way) >= IN_FLIGHT:
                 self._finish(next(iter(self._under_way)))
         self._under_way[index] = reduce_scatter_slices(grads, bucket.group, self.wire_dtype, bucket.padding)
+        if self.sharded and not self.overlap:
+            self._finish(index)
 
     def _finish(self, index: int) -> None:
         """Wait for a bucket's reduction, and put the result where it is kept."""
@@ -184,7 +188,8 @@ class Reduction:
 
     def _give_back(self, bucket: Bucket) -> None:
         assert bucket.grads is not None
-        self._free.setdefault(bucket.length, []).append(bucket.grads)
+        if self._lengths[bucket.length] > 1:  # else no other bucket of this backward can take it
+            self._free.setdefault(bucket.length, []).append(bucket.grads)
         bucket.grads = None
 
     def has_come(self) -> bool:

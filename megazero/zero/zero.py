@@ -178,10 +178,11 @@ class Zero:
         """Parameters that got no gradient on this rank since the last step."""
         return float(len(self.reduction.home) - len(self.reduction.ever_filled))
 
-    def end_backward(self) -> None:
-        """After a backward: stages 2 and 3 reduce what is left. Collective."""
+    def end_backward(self, *, ran: bool = True) -> None:
+        """After a backward: stages 2 and 3 reduce what is left. Collective. `ran` False: perhaps one ran, and perhaps
+        it was ended already."""
         if self._shards_gradients:
-            self.reduction.end_round(after_backward=True)
+            self.reduction.end_round(after_backward=ran)
         if self.gatherer is not None:
             self.gatherer.end_backward()
 

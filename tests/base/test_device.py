@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megazero.base import device as device_module
 from megazero.base import launch as launch_module
 from megazero.base.device import (
     default_backend,
@@ -22,8 +21,8 @@ from megazero.base.device import (
     peak_flops,
     shutdown_distributed,
 )
-from megazero.base.launch import Launch, cpu_threads_for
 from megazero.base.errors import ConfigError
+from megazero.base.launch import Launch, cpu_threads_for
 
 TORCHRUN = {
     "RANK": "5",

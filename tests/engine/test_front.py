@@ -181,11 +181,12 @@ def test_counts(ranks: Any) -> None:
 def test_zero_grad_forgets_a_step_but_not_an_accumulation() -> None:
     for gas in (1, 2):
         engine = engine_of(config=config_of(gas=gas))
-        (x, target), *rest = parts_of(0, engine)
+        parts = parts_of(0, engine)
         if gas == 1:
+            x, target = parts[0]
             engine.backward(engine(x, target * 100))
             engine.zero_grad()
-        for x, target in [(x, target), *rest]:
+        for x, target in parts:
             assert engine.optimizer is not None
             engine.optimizer.zero_grad()  # in the middle of an accumulation it does nothing
             engine.backward(engine(x, target))
@@ -273,7 +274,9 @@ def test_overflow_names_rank_and_parameter(ranks: Any, capfd: pytest.CaptureFixt
 
 
 def test_overflow_at_the_smallest_scale() -> None:
-    engine = engine_of(Explosive(), config_of(1, "fp16", fp16={"enabled": True, "initial_scale_power": 0, "hysteresis": 1}))
+    engine = engine_of(
+        Explosive(), config_of(1, "fp16", fp16={"enabled": True, "initial_scale_power": 0, "hysteresis": 1})
+    )
     engine.module.blow = True
     with pytest.raises(NonFiniteError, match=r"loss scale 1, the smallest allowed"):
         train(engine, 1)
@@ -302,7 +305,9 @@ class Losses(Regressor):
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
         loss = super().forward(x, target)
-        return {"loss": loss, "tuple": (loss, x), "dict": {"loss": loss, "x": x}, "text": "nothing", "vector": x}[self.kind]
+        return {"loss": loss, "tuple": (loss, x), "dict": {"loss": loss, "x": x}, "text": "nothing", "vector": x}[
+            self.kind
+        ]
 
 
 def test_train_batch_takes_the_loss_from_any_output() -> None:
@@ -358,7 +363,7 @@ def test_what_a_scheduler_gets() -> None:
     assert engine.optimizer is not None
     engine.lr_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(engine.optimizer, patience=0, factor=0.5)
     for value in (1.0, 2.0, 3.0):
-        (x, target), = parts_of(0, engine)
+        ((x, target),) = parts_of(0, engine)
         engine.backward(engine(x, target))
         engine.step()  # without a metric a plateau is its owner's affair
         engine.backward(engine(x, target))
@@ -386,6 +391,21 @@ def test_what_falls_through_to_the_module() -> None:
     assert engine.eval() is engine and not engine.module.training
     assert engine.train() is engine and engine.module.training
     assert [n for n, _ in engine.named_parameters()] == [n for n, _ in make().named_parameters()]
-    with pytest.raises(AttributeError, match=r"neither the engine nor its module \(Regressor\) has an attribute 'nothing'"):
+    with pytest.raises(
+        AttributeError, match=r"neither the engine nor its module \(Regressor\) has an attribute 'nothing'"
+    ):
         _ = engine.nothing
     assert not math.isnan(engine.loss_scale)
+
+
+def test_compile_and_destroy() -> None:
+    engine = engine_of(nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))))
+    before = engine(torch.ones(1, WIDTH))
+    engine.compile(backend="eager", compile_kwargs={"dynamic": False})
+    torch.testing.assert_close(engine(torch.ones(1, WIDTH)), before)
+    engine.backward(engine(torch.ones(1, WIDTH)).sum())
+    engine.step()
+    engine.destroy()
+    with pytest.raises(ConfigError, match="without an optimizer"):
+        engine.step()
+    assert engine(torch.ones(1, WIDTH)).shape == (1, WIDTH)

@@ -23,7 +23,8 @@ def test_hugging_face_says_it() -> None:
         "transformer.h.0",
         "transformer.h.1",
         "transformer.ln_f",
-    ]  # the head has no parameter of its own: it is tied
+        "lm_head",  # whose weight is the embedding's
+    ]
     assert units_of(hf_model("llama")) == [
         "model.embed_tokens",
         "model.layers.0",

@@ -92,6 +92,19 @@ def check_pipeline(changes: dict[str, Any]) -> None:
     compare(Topology.build(pp=2), 2, changes)
 
 
+def check_replicated_pipeline(changes: dict[str, Any]) -> None:
+    compare(Topology.build(pp=2, dp=2), 4, changes)
+
+
+def test_a_pipeline_reduces_for_each_micro_batch(ranks: Ranks) -> None:
+    changes = {
+        "parallel__pipeline_model_parallel_size": 2,
+        "parallel__zero_stage": 2,
+        "training__global_batch_size": 12,
+    }
+    ranks.run(check_replicated_pipeline, 4, changes)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 @pytest.mark.parametrize("untied", [True, False])
 def test_a_pipeline_sends_what_the_formula_says(ranks: Ranks, schedule: str, untied: bool) -> None:

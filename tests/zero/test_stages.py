@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megazero.parallel.topology import Topology
+from megazero.zero.gather import Limits
 from megazero.zero.zero import Zero
 
 CPU = torch.device("cpu")
@@ -294,3 +295,56 @@ def check_model(kind: Any, stage: int, settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_any_module(ranks: Any, kind: Any, stage: int) -> None:
     ranks.run(check_model, 2, kind, stage, {"bucket_elements": 1500})
+
+
+SETTINGS = {
+    "nothing ahead": {"limits": Limits(prefetch=0)},
+    "much ahead": {"limits": Limits(prefetch=10**9)},
+    "few live": {"limits": Limits(prefetch=10**9, live=1)},
+    "kept for backward": {"limits": Limits(reuse=10**9)},
+    "last unit kept": {"limits": Limits(reuse=7000)},
+    "small ones whole": {"persistence_threshold": 200},
+    "no overlap": {"overlap_reduce": False, "overlap_gather": False},
+    "one bucket a unit": {"bucket_elements": None},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_stage_3_change_no_number(ranks: Any, name: str) -> None:
+    for kind in (Blocks, Outside, CalledTwice, Checkpointed):
+        ranks.run(check_model, 2, kind, 3, {"bucket_elements": 1500} | SETTINGS[name])
+
+
+def check_what_is_whole(reuse: int, wanted: list[str]) -> None:
+    """Between forward and backward."""
+    model = make(Blocks)
+    zero = Zero(
+        model,
+        Topology.build(),
+        stage=3,
+        dtype=torch.float32,
+        device=CPU,
+        initial=lambda place: torch.zeros(0),
+        units=[f"blocks.{i}" for i in range(3)],
+        limits=Limits(reuse=reuse),
+        persistence_threshold=17,
+    )
+    loss = loss_of(model, 0, 0, 0)
+    assert zero.gatherer is not None
+    assert sorted({zero.gatherer.buckets[index].unit for index in zero.gatherer._live}) == wanted
+    assert not model.norm.weight.isnan().any(), "smaller than the threshold"
+    during: list[set[str]] = []
+    gatherer = zero.gatherer
+    model.blocks[1].norm.weight.register_post_accumulate_grad_hook(
+        lambda _: during.append({gatherer.buckets[index].unit for index in gatherer._live})
+    )
+    loss.backward()
+    assert len(during) == 1 and "blocks.2" not in during[0], "what backward is through with is let go"
+    zero.end_backward()
+    assert not zero.gatherer._live
+
+
+def test_what_stays_whole_between_forward_and_backward(ranks: Any) -> None:
+    ranks.run(check_what_is_whole, 2, 0, [])
+    ranks.run(check_what_is_whole, 2, 7000, ["", "blocks.2"])
+    ranks.run(check_what_is_whole, 2, 10**9, ["", "blocks.0", "blocks.1", "blocks.2"])
