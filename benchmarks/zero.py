@@ -264,6 +264,8 @@ class Configuration:
             }
             settings |= {"WORLD_SIZE": str(options.ranks), "LOCAL_WORLD_SIZE": str(options.ranks)}
             settings |= {"OMP_NUM_THREADS": str(options.threads)}
+            if options.return_memory:
+                settings |= {"MALLOC_MMAP_THRESHOLD_": "1000000"}
             self.processes.append(
                 subprocess.Popen(
                     [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", options.folder],
@@ -345,6 +347,11 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--folder", help="for offload to NVMe; a temporary folder by default")
+    parser.add_argument(
+        "--return-memory",
+        action="store_true",
+        help="have malloc give freed memory back at once: peaks then show what was in use, not what the heap has kept",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what the processes print")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -9,10 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megazero import zero
     from megazero.config.arguments import add_config_arguments
     from megazero.engine.distributed import init_distributed
     from megazero.engine.engine import Engine
     from megazero.engine.initialize import initialize
+    from megazero.inference.engine import InferenceEngine, init_inference
     from megazero.parallel.layer_spec import LayerSpec, TiedLayerSpec
     from megazero.parallel.pipeline_module import (
         PipeDataParallelTopology,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Engine",
+    "InferenceEngine",
     "LayerSpec",
     "PipeDataParallelTopology",
     "PipeModelDataParallelTopology",
@@ -31,11 +34,15 @@ __all__ = [
     "Topology",
     "add_config_arguments",
     "init_distributed",
+    "init_inference",
     "initialize",
+    "zero",
 ]
 _HOMES = {
     "add_config_arguments": "megazero.config.arguments",
     "Engine": "megazero.engine.engine",
+    "InferenceEngine": "megazero.inference.engine",
+    "init_inference": "megazero.inference.engine",
     "initialize": "megazero.engine.initialize",
     "init_distributed": "megazero.engine.distributed",
     "LayerSpec": "megazero.parallel.layer_spec",
@@ -48,6 +55,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "zero":  # megazero.zero.Init, as in deepspeed.zero
+        return importlib.import_module("megazero.zero")
     if name not in _HOMES:
         raise AttributeError(f"module 'megazero' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

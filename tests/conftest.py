@@ -23,17 +23,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The parity suite's tables, if it ran."""
+    """The tables of the parity and numerics suites, if they ran."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     properties = [each for report in reports if report.when == "call" for each in report.user_properties]
     if not properties:
         return
-    from tests.parity.table import tables  # imports the engine, which other tests can do without
+    from tests.numerics import table as numerics  # these import the engine, which other tests can do without
+    from tests.parity import table as parity
 
-    lines = tables(properties, everything=config.getoption("verbose") > 0)
-    if lines:
-        terminalreporter.section("numbers that do not depend on the layout")
-        terminalreporter.write("\n".join(lines) + "\n")
+    everything = config.getoption("verbose") > 0
+    for title, lines in (
+        ("numbers that do not depend on the layout", parity.tables(properties, everything)),
+        ("ZeRO: numbers, volume and bytes", numerics.tables(properties, everything)),
+    ):
+        if lines:
+            terminalreporter.section(title)
+            terminalreporter.write("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="session")

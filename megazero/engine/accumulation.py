@@ -31,6 +31,8 @@ class Accumulation:
         """Whether the last `step()` changed the weights."""
         self.forced: bool | None = None
         """What the caller says about the boundary; None: count."""
+        self.unit = 1.0
+        """What counts are divided by before they multiply a loss, so that fp16 gradients do not overflow by them."""
         self.held = 0
         """How many no_sync() are open."""
         self.begin()

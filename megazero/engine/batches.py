@@ -48,9 +48,9 @@ def loss_in(output: Any, module: nn.Module) -> Tensor:
         return found.reshape(())
     said = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
     raise ConfigError(
-        f"train_batch() and eval_batch() need a loss, and {type(module).__name__} returned {said}. Let its forward return "
-        'a scalar loss, (loss, …), an object with .loss or a mapping with "loss" (Hugging Face models do when the batch '
-        "has labels); or call engine(…), engine.backward(loss) and engine.step() yourself."
+        f"train_batch() and eval_batch() need a loss, and {type(module).__name__} returned {said}. Let its forward "
+        'return a scalar loss, (loss, …), an object with .loss or a mapping with "loss" (Hugging Face models do when '
+        "the batch has labels); or call engine(…), engine.backward(loss) and engine.step() yourself."
     )
 
 

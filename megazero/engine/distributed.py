@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megazero.base.device import default_backend, device_for, device_type, initialize_distributed
+from megazero.base.device import default_backend, device_for, device_type, initialize_distributed, shutdown_distributed
 from megazero.base.errors import ConfigError
 from megazero.base.launch import Launch, cpu_threads_for
 
@@ -37,12 +38,14 @@ def init_distributed(
     if dist.is_initialized():
         return
     backend = dist_backend or default_backend(device_type())
+    if backend == "gloo":
+        atexit.register(shutdown_distributed)  # its threads abort a process that ends while they run
     limit = timeout if isinstance(timeout, timedelta) else timedelta(minutes=timeout)
     if init_method is not None:
         if rank < 0 or world_size < 1:
             raise ConfigError(
-                f"init_distributed(init_method={init_method!r}) with rank={rank} and world_size={world_size}: an address "
-                "needs both. Give them, or leave all three out and start with torchrun."
+                f"init_distributed(init_method={init_method!r}) with rank={rank} and world_size={world_size}: an "
+                "address needs both. Give them, or leave all three out and start with torchrun."
             )
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=limit)
         return

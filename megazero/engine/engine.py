@@ -92,12 +92,14 @@ class Engine(Front, Queries):
         self.lr_scheduler: Any = None
         ranks = topology.size("dp")
         micro, batch = config.training.micro_batch_size, config.training.global_batch_size
-        steps = max(batch // (micro * ranks), 1) if batch else 1
+        steps = max(batch // (micro * ranks), 1) if batch else config.training.gradient_accumulation_steps or 1
         self.accumulation = Accumulation(steps, topology.size("zero"), device)
         self.pipeline: Pipeline | None = None
         self.feed = Feed(device)
         self.timers = Timers(config.logging.wall_clock_breakdown, device)
         self.timers.watch(self.zero, "wait_parameters", "gather")
+        if self.zero.gatherer is not None:
+            self.timers.watch(self.zero.gatherer, "need", "gather")
         self.reporter = Reporter(
             config.logging, topology, self.timers, lambda: state_bytes(module, self.zero, self.shards)
         )
@@ -120,6 +122,9 @@ class Engine(Front, Queries):
         self.pipeline = pipeline = make(self._take_gradients)
         holders = Counter(p for stage in pipeline.stages for p in stage.module.parameters())
         self.zero.expect(lambda parameter: holders[parameter], pipeline.micro_batches)
+        for stage in pipeline.stages:
+            if self.zero.gatherer is not None and stage.module is not self.module:
+                self.zero.gatherer.also_root(stage.module)
 
     def _take_gradients(self, stage: nn.Module) -> None:
         for parameter in stage.parameters():
@@ -251,7 +256,7 @@ class Engine(Front, Queries):
         losses came with a count."""
         divisor = self.accumulation.divisor
         if divisor is None:
-            divisor = max(float(self._over_batch(self.accumulation.items.clone())), 1.0)
+            divisor = max(float(self._over_batch(self.accumulation.items.clone())), 1.0) / self.accumulation.unit
         return 1.0 / (self.loss_scale * divisor)
 
     def loaded(self) -> None:

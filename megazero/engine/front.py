@@ -7,6 +7,7 @@ micro-batch 1    forward ─► backward ─► step()   boundary: reduce, updat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -20,6 +21,7 @@ from megazero.engine.batches import call, loss_in, named_micro_batch
 from megazero.engine.parts import Parts
 from megazero.engine.precision import scaled_outputs
 from megazero.engine.update import Divisors, StepResult
+from megazero.parallel.collectives import all_reduce
 from megazero.parallel.pipeline import Pipeline
 from megazero.parallel.pipeline_module import PipelineModule
 
@@ -72,7 +74,7 @@ class Front(Parts):
             raise ConfigError(f"engine.backward() takes a scalar loss, not one of {kind}. Take its mean or its sum.")
         meaning: Any = "count" if count is not None else "micro-batch" if scale_wrt_gas else "part"
         self.accumulation.add(loss, count, meaning)
-        factor = self.loss_scale * (1.0 if count is None else count)
+        factor = self.loss_scale * (1.0 if count is None else count / self._unit_of(count))
         self.zero.sync = self.accumulation.reduces_now
         self._loss_is_scaled = True
         with self.timers("backward"):
@@ -114,10 +116,21 @@ class Front(Parts):
         known = accumulation.meaning is not None
         result = self._update(
             accumulation.total if known else None,
-            lambda items: Divisors(divisor or max(items, 1.0), divisor or max(items, 1.0)),
+            lambda items: (
+                Divisors(divisor, divisor)
+                if divisor
+                else Divisors(max(items, 1.0) / accumulation.unit, max(items, 1.0))
+            ),
             items=accumulation.items if divisor is None else None,
         )
         self._stepped(result, lr_kwargs)
+
+    def _unit_of(self, count: Tensor | float) -> float:
+        """The accumulation's unit; under loss scaling found from the first count of all. Collective then."""
+        if self.scaler is not None and self.accumulation.unit == 1.0:
+            most = all_reduce(torch.tensor(float(count), device=self.device), self.topology.group("world"), "max")
+            self.accumulation.unit = 2.0 ** max(math.ceil(math.log2(max(float(most), 1.0))), 1)
+        return self.accumulation.unit
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this step so far. An update clears them by itself.

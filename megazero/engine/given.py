@@ -72,8 +72,8 @@ def _without_repeats(groups: list[dict[str, Any]], names: dict[Any, str], say: S
     if unclear:
         shown = ", ".join(unclear[:4]) + (f" and {len(unclear) - 4} more" if len(unclear) > 4 else "")
         raise ConfigError(
-            f"model_parameters lists {len(unclear)} parameter{'s' * (len(unclear) > 1)} more than once: {shown}. List each "
-            "once (model.parameters() already leaves repeats out; with groups, take from one what another has)."
+            f"model_parameters lists {len(unclear)} parameter{'s' * (len(unclear) > 1)} more than once: {shown}. List "
+            "each once (model.parameters() already leaves repeats out; with groups, take from one what is in another)."
         )
     if experts:
         say(f"{len(experts)} parameters stood in a group marked moe and in another one: they are kept in the moe group")
@@ -90,8 +90,8 @@ def _check_owned(groups: list[dict[str, Any]], names: dict[Any, str], what: str)
     strange = [tuple(p.shape) for group in groups for p in group["params"] if p not in names]
     if strange:
         raise ConfigError(
-            f"{what} holds {len(strange)} parameters that are not the model's, the first of shape {strange[0]}. Make it "
-            "from the parameters of the module that is passed as model (not of a copy, and after wrapping it)."
+            f"{what} holds {len(strange)} parameters that are not the model's, the first of shape {strange[0]}. Make "
+            "it from the parameters of the module that is passed as model (not of a copy, and after wrapping it)."
         )
 
 
@@ -112,10 +112,12 @@ def make_client_optimizer(
             say("model_parameters has parameters that the given optimizer has not; they are not trained")
     else:
         over = parameters_of(model, parameters, say)
+        if given is None and parameters is None and named is not None and named.folded == "muon":
+            over = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # it asks what they are
         if not over or all(isinstance(group, dict) and not group["params"] for group in over):
             raise ConfigError(
-                "there is nothing to train: no parameter needs a gradient. Call requires_grad_(True) on some, or give no "
-                "optimizer, for inference."
+                "there is nothing to train: no parameter needs a gradient. Call requires_grad_(True) on some, or give "
+                "no optimizer, for inference."
             )
         if given is not None:
             made = given(over)
@@ -151,6 +153,6 @@ def make_client_scheduler(optimizer: Any, given: Any, named: Named | None, say: 
     if callable(given):
         return given(optimizer)
     raise ConfigError(
-        f"lr_scheduler={given!r} is neither a scheduler nor a function that makes one of an optimizer. Give one of these, "
-        "or name it in the configuration."
+        f"lr_scheduler={given!r} is neither a scheduler nor a function that makes one of an optimizer. Give one of "
+        "these, or name it in the configuration."
     )

@@ -26,7 +26,7 @@ from megazero.engine.foreign import shard_foreign
 from megazero.engine.given import OptimizerSource, make_client_optimizer, make_client_scheduler
 from megazero.engine.loader import Loader
 from megazero.engine.monitors import Monitors
-from megazero.engine.mpu import topology_of
+from megazero.engine.mpu import give_specs, topology_of
 from megazero.engine.precision import DTYPES
 from megazero.engine.prepare import check_real, equalize, move_buffers
 from megazero.engine.units import units_of
@@ -100,7 +100,10 @@ def initialize(
     if settings.report:
         log.main(settings.report)
     check_real(model)
-    model = shard_foreign(model, topology) if mpu is None else model
+    if mpu is not None:
+        give_specs(model, topology)
+    else:
+        model = shard_foreign(model, topology, device)
     equalize(model, topology, device)
     move_buffers(model, device, DTYPES[settings.config.training.precision])
     named = settings.optimizer if isinstance(settings.optimizer, Named) else None

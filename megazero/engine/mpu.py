@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from megazero.base.errors import ConfigError
+from megazero.parallel.sharding import ShardSpec, split
 from megazero.parallel.topology import AxisGroup, Topology
 from megazero.parallel.traffic import Traffic
 
@@ -25,8 +27,8 @@ def topology_of(mpu: Any) -> Topology:
     if pp.size * dp.size * tp.size != dist.get_world_size() or place != rank:
         raise ConfigError(
             f"mpu has groups of {', '.join(f'{axis} {size}' for axis, size in sizes.items())} in a world of "
-            f"{dist.get_world_size()}, with this rank {rank} at place {place} of them: ranks count tensor first, then data, "
-            "then pipeline. Make the groups in that order, or leave mpu out."
+            f"{dist.get_world_size()}, with this rank {rank} at place {place} of them: ranks count tensor first, then "
+            "data, then pipeline. Make the groups in that order, or leave mpu out."
         )
 
     def named(axis: str, group: AxisGroup) -> AxisGroup:
@@ -38,9 +40,21 @@ def topology_of(mpu: Any) -> Topology:
     expert_dp = dp if tp.size == 1 else alone
     groups = (pp, dp, alone, tp, named("zero", dp), named("model", model), named("expert_dp", expert_dp))
     experts = AxisGroup("ep", (rank,), 0, None, traffic)
-    return Topology(
-        pp=pp.size, dp=dp.size, tp=tp.size, rank=rank, groups=(*groups, experts, world), traffic=traffic
-    )
+    return Topology(pp=pp.size, dp=dp.size, tp=tp.size, rank=rank, groups=(*groups, experts, world), traffic=traffic)
+
+
+def give_specs(module: nn.Module, topology: Topology) -> None:
+    """Describe the parameters that mpu's layers have split: those marked `tensor_model_parallel` (Megatron) or
+    `model_parallel` (DeepSpeed), cut along `partition_dim` (0 where they do not say)."""
+    tp = topology.group("tp")
+    for name, parameter in module.named_parameters():
+        marked = getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "model_parallel", False)
+        if tp.size == 1 or not marked or hasattr(parameter, "shard_spec"):
+            continue
+        dim = max(int(getattr(parameter, "partition_dim", 0)), 0)
+        shape = tuple(n * (tp.size if d == dim else 1) for d, n in enumerate(parameter.shape))
+        box = split(dim, shape, tp.rank, tp.size)
+        parameter.shard_spec = ShardSpec(name, shape, (box,), replicas=(topology.rank,))  # type: ignore[attr-defined]
 
 
 def _group(

@@ -16,8 +16,8 @@ def check_real(module: nn.Module) -> None:
     empty = [n for n, p in module.named_parameters() if p.is_meta and not hasattr(p, "shard_spec")]
     if empty:
         raise ConfigError(
-            f"{len(empty)} parameters are on the meta device, {empty[0]} for one, and have no values to start from. Build "
-            "the model outside torch.device('meta'); for one that is larger than memory use megazero.zero.Init()."
+            f"{len(empty)} parameters are on the meta device, {empty[0]} for one, and have no values to start from. "
+            "Build the model outside torch.device('meta'); for one that is larger than memory use megazero.zero.Init()."
         )
 
 
@@ -32,9 +32,9 @@ def move_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
             holder._buffers[name] = buffer.to(device=device, dtype=dtype if cast else buffer.dtype)
 
 
-def equalize(module: nn.Module, topology: Topology, device: torch.device) -> None:
-    """Give every rank of a ZeRO group the first one's parameters and buffers. Collective."""
-    group = topology.group("zero")
+def equalize(module: nn.Module, topology: Topology, device: torch.device, axis: str = "zero") -> None:
+    """Give every rank of an axis's group the first one's parameters and buffers. Collective."""
+    group = topology.group(axis)
     if group.size == 1:
         return
     tensors = [p.data for p in module.parameters() if not p.is_meta and slice_of(p) is None]

@@ -208,7 +208,7 @@ def _state(store: Path, key: Key) -> dict[str, Any]:
     state = read_state(store, key)
     if state.get("kind") != KIND:
         raise CheckpointError(
-            f"{step_folder(store, key)} was saved by pretrain_gpt.py, not by engine.save_checkpoint(). Go on from it with "
-            "pretrain_gpt.py --load."
+            f"{step_folder(store, key)} was saved by pretrain_gpt.py, not by engine.save_checkpoint(). Go on from it "
+            "with pretrain_gpt.py --load."
         )
     return state

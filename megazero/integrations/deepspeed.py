@@ -167,8 +167,7 @@ TABLE: dict[str, dict[str, str]] = {
 """Module -> name -> `module:name` that it stands for, or `!remedy`. `*`: where all other names are looked for."""
 
 REMEDIES = {
-    "megazero:init_inference": "Inference engines are not there yet: call model.generate of the trained module.",
-    "megazero:tp_model_init": "Foreign models are not split over tensor-parallel ranks yet: use ZeRO stage 3.",
+    "megazero:tp_model_init": "initialize() splits the model itself: give it tensor_parallel.tp_size.",
 }
 """What to do about what this megazero does not have."""
 

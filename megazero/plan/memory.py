@@ -31,8 +31,6 @@ STATE_BYTES = {"adam": 8, "sgd": 4, "adagrad": 4, "lamb": 8, "lion": 4, "muon": 
 """Of the optimizer's state, for each element (Muon: of a matrix; what it gives to Adam has 8)."""
 IN_FLIGHT = 2
 """Reductions of stages 2 and 3 that are under way at once, as in zero/reduction.py."""
-PREFETCH = 50_000_000
-"""Elements that stage 3 gathers ahead without --stage3-prefetch-bucket-size, as in zero/gather.py."""
 
 
 def gradient_bytes(config: RunConfig) -> int:
@@ -126,14 +124,16 @@ def gathered(config: RunConfig, listed: Sequence[Parameter]) -> int:
     what is outside all units, and the units that stay whole between forward and backward."""
     parallel = config.parallel
     threshold, ahead = parallel.stage3_param_persistence_threshold or 0, parallel.stage3_prefetch_bucket_size
-    ahead = PREFETCH if ahead is None else ahead
     units: dict[str, int] = {}
     for parameter in listed:
         if parameter.elements >= threshold:
             units[parameter.unit] = units.get(parameter.unit, 0) + parameter.elements
     outside = units.pop("", 0)
     sizes = list(units.values())
-    following = [min(ahead, max(sum(sizes[index + 1 :]), sum(sizes[:index]))) for index in range(len(sizes))]
+    if ahead is None:  # the next unit's, of forward or backward
+        following = [max([0, *sizes[index + 1 : index + 2], *sizes[:index][-1:]]) for index in range(len(sizes))]
+    else:
+        following = [min(ahead, max(sum(sizes[index + 1 :]), sum(sizes[:index]))) for index in range(len(sizes))]
     most = max(map(sum, zip(sizes, following, strict=True)), default=0)
     return outside + min(most + sum(reused(config, listed).values()), sum(sizes))
 

@@ -28,11 +28,15 @@ def values_of(initial: Callable[[Placed], Tensor], empty: set[nn.Parameter], pla
 
 def with_leaves(model: nn.Module, units: list[str], ranks: int) -> list[str]:
     """The units, and every module outside them with parameters of its own that are worth a bucket: stage 3 gathers an
-    embedding and an output layer each by itself. What is smaller stays together."""
-    worth = 16 * ranks * ALIGNMENT  # elements; padding is at most a 16th of them
-    found = list(units)
+    embedding and an output layer each by itself. What is smaller stays together, and so do units that have no slice for
+    every rank (single norms): many of these would all be the first ranks' alone."""
+    slices = ranks * ALIGNMENT
+    worth = 16 * slices  # elements; padding is at most a 16th of them
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = [unit for unit in units if sum(p.numel() for p in modules[unit].parameters()) >= slices]
+    kept = list(found)
     for name, module in model.named_modules():
-        if name in found or innermost(f"{name}.", units) or not name:
+        if name in found or innermost(f"{name}.", kept) or not name:
             continue
         if sum(p.numel() for p in module.parameters(recurse=False)) >= worth:
             found.append(name)

@@ -94,23 +94,33 @@ class Gatherer:
         self._depth = 0
         self._forward, self._backward = Chain(), Chain()
         self._hooks: list[saved_tensors_hooks | None] = []
+        self._hooked: set[nn.Module] = set()
         self._register(model, units)
 
     def _register(self, model: nn.Module, units: list[str]) -> None:
-        hooked: set[nn.Module] = set()
         roots = _roots(model)
         for name, module in model.named_modules(remove_duplicate=False):
             if not isinstance(module._parameters, OnAccess):
                 module._parameters = OnAccess(module._parameters, self)
-            if module in hooked or not (module in roots or name in units):
+            if module in self._hooked or not (module in roots or name in units):
                 continue
-            hooked.add(module)
+            self._hooked.add(module)
             unit = name if name in units else ""
             inside = {self.of[p] for p in module.parameters() if p in self.of}
             others = [other for other in units if not unit or other.startswith(f"{unit}.")]  # gather by themselves
             indices = sorted(index for index in inside if self.buckets[index].unit not in others)
             module.register_forward_pre_hook(partial(_before, self, unit, indices), prepend=True)
             module.register_forward_hook(partial(_after, self, indices), always_call=True)
+
+    def also_root(self, module: nn.Module) -> None:
+        """Let the forward of this module, which is called instead of the model's own (a pipeline's stage), gather what
+        is in no unit."""
+        if module in self._hooked:
+            return
+        self._hooked.add(module)
+        indices = sorted(self.units.get("", []))
+        module.register_forward_pre_hook(partial(_before, self, "", indices), prepend=True)
+        module.register_forward_hook(partial(_after, self, indices), always_call=True)
 
     # what a unit's forward does
 

@@ -196,6 +196,10 @@ class Reduction:
         """Whether a gradient has come since the last round."""
         return self._next > 0 or bool(self._under_way) or any(self._filled)
 
+    def is_unfinished(self) -> bool:
+        """Whether a gradient has come since the last `finish`."""
+        return self.has_come() or bool(self._stored)
+
     @torch.no_grad()
     def end_round(self, *, after_backward: bool = False) -> None:
         """Reduce what is left and wait. Collective. `after_backward`: one is known to have run, whether or not it

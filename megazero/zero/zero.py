@@ -194,7 +194,7 @@ class Zero:
     def finish_reduction(self) -> None:
         """Reduce what is left and wait. Afterwards each bucket's `reduced` is the sum over all ranks."""
         self.wait_parameters()  # what no forward has used may still be on its way, and the step will change it
-        if not self._finished_early or self.reduction.has_come():
+        if not self._finished_early or self.reduction.is_unfinished():
             self.reduction.finish()
         self._finished_early = False
         if self.gatherer is not None:
@@ -203,7 +203,7 @@ class Zero:
     def finish_reduction_early(self) -> None:
         """The same before the step, for who wants to see or change the gradients; `finish_reduction` then has nothing
         left to do."""
-        if self.reduction.has_come():
+        if self.reduction.is_unfinished():
             self.finish_reduction()
             self._finished_early = True
 

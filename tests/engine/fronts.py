@@ -104,3 +104,23 @@ def assert_like(engine: Engine, model: nn.Module, tolerance: float = 2e-5) -> No
     assert found.keys() == wanted.keys()
     for name, weight in found.items():
         torch.testing.assert_close(weight.float(), wanted[name].float(), rtol=0, atol=tolerance, msg=name)
+
+
+def hf_model(kind: str) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(3)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=40,
+            n_positions=16,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        return transformers.GPT2LMHeadModel(config)
+    settings = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, num_key_value_heads=1, **settings))

@@ -67,6 +67,22 @@ def test_pipelines_equal_one_process(ranks: Any, stage: int) -> None:
             torch.testing.assert_close(weight, state[name], rtol=0, atol=2e-5)
 
 
+def check_options() -> None:
+    config = config_of(gas=GAS, pipeline={"activation_checkpoint_interval": 2, "seed_layers": True})
+    engine = engine_of(pipeline(1), config)
+    loss = engine.train_batch(iter([(torch.ones(8, WIDTH), torch.ones(8))] * GAS))
+    plain_engine = engine_of(pipeline(1), config_of(gas=GAS))
+    assert torch.equal(loss, plain_engine.train_batch(iter([(torch.ones(8, WIDTH), torch.ones(8))] * GAS)))
+    assert [stage.module.interval for stage in engine.module._stages] == [2]
+    late = PipelineModule([nn.Linear(WIDTH, 1)], num_stages=1, loss_fn=F.mse_loss)
+    engine_of(late, config)
+
+
+def test_options_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    check_options()
+    assert capsys.readouterr().out.count("pipeline.seed_layers comes too late") == 1
+
+
 def test_pipeline_in_fp16(ranks: Any) -> None:
     (losses, *_), *_ = ranks.run(run_pipeline, 1, 1, 1, "fp32")
     (found, *_), *_ = ranks.run(run_pipeline, 2, 2, 1, "fp16")
@@ -134,6 +150,34 @@ def check_mpu() -> None:
 
 def test_mpu(ranks: Any) -> None:
     ranks.run(check_mpu, 4)
+
+
+class Column(nn.Module):
+    """Half of the rows of a matrix on each of two ranks, and a bias that both hold."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        whole = torch.arange(8.0).view(4, 2)
+        self.weight = nn.Parameter(whole.chunk(2)[rank].clone())
+        self.weight.tensor_model_parallel, self.weight.partition_dim = True, 0  # type: ignore[attr-defined]
+        self.bias = nn.Parameter(torch.ones(2))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.square().sum() / 2 + self.bias.sum()
+
+
+def check_split() -> None:
+    rank = dist.get_rank()
+    engine = engine_of(Column(rank), config_of() | {"train_batch_size": 1}, mpu=make_mpu(2))
+    engine.backward(engine())
+    engine.step()
+    assert engine.get_global_grad_norm() == pytest.approx((sum(n * n for n in range(8)) + 2) ** 0.5, rel=1e-6)
+    state = engine.consolidated_state_dict()
+    assert rank == 1 or (state["weight"].shape == (4, 2) and state["weight"][3, 1] == pytest.approx(6.99, abs=0.01))
+
+
+def test_parameters_that_an_mpus_layers_split(ranks: Any) -> None:
+    ranks.run(check_split, 2)
 
 
 def test_mpu_of_one_process() -> None:

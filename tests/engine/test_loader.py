@@ -23,7 +23,8 @@ def loader(rank: int, size: int, data: Any = range(20), micro: int = 2, **more: 
 
 def epoch(size: int, micro: int, **more: Any) -> list[list[int]]:
     """Micro-batches of all ranks, in turn."""
-    return [[int(x) for rank in turn for x in rank] for turn in zip(*(loader(r, size, micro=micro, **more) for r in range(size)), strict=True)]
+    loaders = [loader(rank, size, micro=micro, **more) for rank in range(size)]
+    return [[int(x) for rank in turn for x in rank] for turn in zip(*loaders, strict=True)]
 
 
 def test_order_does_not_depend_on_ranks_or_micro_batch() -> None:

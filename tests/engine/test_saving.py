@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from torch import nn
 from megazero.base.errors import CheckpointError
 from megazero.engine.engine import Engine
 from megazero.engine.steps import latest_iteration
-from megazero.parallel.topology import Topology
 from tests.engine.fronts import (
     LR,
     SAMPLES,
     Regressor,
-    assert_like,
     batch_of,
     config_of,
     engine_of,
@@ -65,12 +62,11 @@ def check_save(folder: Path, stage: int, tag: str) -> None:
     engine.save_checkpoint(folder, tag)
 
 
-def check_load(folder: Path, stage: int, tag: str, same: bool) -> None:
+def check_load(folder: Path, stage: int, tag: str) -> None:
     """Any ranks and stage go on as the run that never stopped."""
     straight = build(1)
     train(straight, 5)
     engine = build(stage)
-    torch.manual_seed(99)
     engine.load_checkpoint(folder, tag)
     train(engine, 2, first=3)
     wanted = masters_of(straight)
@@ -84,12 +80,12 @@ def test_other_ranks_and_stages(ranks: Any, tmp_path: Path) -> None:
         ranks.run(check_save, size, tmp_path, stage, f"step_{number}")
     for number in range(3):
         for size, stage in [(1, 0), (2, 2), (2, 3)]:
-            ranks.run(check_load, size, tmp_path, stage, f"step_{number}", False)
+            ranks.run(check_load, size, tmp_path, stage, f"step_{number}")
 
 
 def test_tags_and_latest(tmp_path: Path) -> None:
     engine = engine_of()
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint\. Give the folder that save_checkpoint\(\) was given"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint\. Give the folder that save_checkpoint\(\)"):
         engine.load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"none does not exist.*if_exists=True"):
         engine.load_checkpoint(tmp_path / "none")
@@ -102,10 +98,9 @@ def test_tags_and_latest(tmp_path: Path) -> None:
     assert engine.load_checkpoint(tmp_path, tag="step_10")[0] == str(tmp_path / "step_10")
     with pytest.raises(CheckpointError, match=r"no whole checkpoint of tag b\. Usable tags here: a, step_10; .*tag=…"):
         engine.load_checkpoint(tmp_path, "b")
-    for tag in ("../a", ".a", "a/b", "", "latest"):
-        if tag:
-            with pytest.raises(CheckpointError, match=r"cannot name a checkpoint's folder.*'global_step10'"):
-                engine.save_checkpoint(tmp_path, tag)
+    for tag in ("../a", ".a", "a/b", "latest"):
+        with pytest.raises(CheckpointError, match=r"cannot name a checkpoint's folder.*'global_step10'"):
+            engine.save_checkpoint(tmp_path, tag)
     with pytest.raises(CheckpointError, match=r"a script saved with engine\.save_checkpoint\(\); a run of"):
         latest_iteration(tmp_path)
     (tmp_path / "latest").write_text("gone\n")
@@ -202,7 +197,7 @@ def test_parts_of_a_checkpoint(tmp_path: Path) -> None:
     assert (module.global_steps, module.shards.state_keys()) == (0, [])  # type: ignore[union-attr]
     weights = loaded(load_optimizer_states=False)
     assert (weights.global_steps, weights.shards.state_keys()) == (3, [])  # type: ignore[union-attr]
-    assert weights.get_lr() != build(1).get_lr() or weights.lr_scheduler.last_batch_iteration == 2
+    assert weights.lr_scheduler.last_batch_iteration == engine.lr_scheduler.last_batch_iteration
     fresh = loaded(load_lr_scheduler_states=False)
     assert fresh.lr_scheduler.last_batch_iteration == build(1).lr_scheduler.last_batch_iteration
     bare = engine_of(config={"train_batch_size": SAMPLES})
@@ -227,11 +222,11 @@ def test_another_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"by an engine without an optimizer.*load_optimizer_states=False"):
         engine.load_checkpoint(tmp_path, "bare")
     engine.load_checkpoint(tmp_path, "bare", load_optimizer_states=False)
-    state = tmp_path / "step_00000001"
-    (tmp_path / "bare").rename(state)
-    manifest = state / "MANIFEST.json"
-    manifest.write_text(manifest.read_text().replace('"bare"', "1"))
-    assert json.loads((state / "state.json").read_text())["kind"] == "engine"
+
+
+def test_a_checkpoint_of_a_pretraining_run(store: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"saved by pretrain_gpt\.py, not by engine.*pretrain_gpt\.py --load"):
+        engine_of().load_checkpoint(store)
 
 
 def test_random_states_come_back(tmp_path: Path) -> None:
@@ -239,7 +234,7 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     engine.save_checkpoint(tmp_path)
 
     def draw() -> tuple[float, float, float]:
-        return float(torch.rand(())), random.random(), float(np.random.rand())  # noqa: NPY002
+        return float(torch.rand(())), random.random(), float(np.random.rand())
 
     wanted = draw()
     assert draw() != wanted
@@ -295,7 +290,7 @@ def check_whole(stage: int) -> None:
     else:
         assert (fp32, half) == ({}, {})
     wanted = plain(2)[0].state_dict()
-    missing, unexpected = engine.load_state_dict({k: v for k, v in wanted.items()} | tied(wanted))
+    missing, unexpected = engine.load_state_dict(wanted | tied(wanted))
     assert not missing and not unexpected
     assert all(torch.equal(value, wanted[name]) for name, value in masters_of(engine).items() if name in wanted)
     with pytest.raises(RuntimeError, match=r"head\.bias"):
@@ -330,4 +325,3 @@ def check_16bit(folder: Path) -> None:
 
 def test_save_16bit_model(ranks: Any, tmp_path: Path) -> None:
     ranks.run(check_16bit, 2, tmp_path)
-    assert Topology.single().rank == 0 and assert_like is not None

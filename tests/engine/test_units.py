@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from megazero.engine.units import units_of
-from tests.engine.fronts import make
-from tests.engine.test_initialize import hf_model
+from tests.engine.fronts import hf_model, make
 
 
 def test_repeated_members_of_lists() -> None:

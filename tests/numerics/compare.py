@@ -1,7 +1,8 @@
 """How far a run may be from plain torch, and which runs must have one set of bits.
 
-One order of summation: of the micro-batches on each rank and then over ranks (stages 0 and 1), or over the ranks of each
-micro-batch and then of these (2 and 3). With one micro-batch both are the same. Where state lives changes no number.
+One order of summation: of the micro-batches on each rank and then over ranks (stages 0 and 1), or over the ranks of
+each micro-batch and then of these (2 and 3). With one micro-batch both are the same. Where state lives changes no
+number.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ TOLERANCES = {
     "fp32": {"loss": 1e-6, "norm": 1e-5, "weight": 2e-5},
     "16 bits": {"loss": 1e-5, "norm": 1e-4, "weight": 2e-5},
 }
-"""Loss and gradient norm relative, weights absolute. In 16 bits a master's last bit may round its copy the other way."""
+"""Loss and gradient norm relative, weights absolute. In 16 bits a master's last bit may round its copy another way."""
 
 
 def kind_of(run: Run) -> str:

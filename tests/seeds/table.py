@@ -36,7 +36,6 @@ A_PART = "part of a configuration: the batch size is added, model and optimizer 
 TINY_LLAMA = Change("meta-llama/Llama-2-7b-hf", "./tiny-llama", "no download: a local tiny model with its tokenizer")
 LAUNCH, ALIAS = "megazero launch", "megazero.integrations.deepspeed"
 UNDER_THE_ALIAS = "the launcher's name; the script runs under the alias"
-LATER = "the inference engine is not there yet"
 LATER_RL = "the RLHF pipeline is not there yet"
 LOOP = """inputs, labels = batch
 inputs = inputs.to(model_engine.local_rank) # Move data to the correct device
@@ -153,9 +152,12 @@ ROWS: dict[str, Row] = {
         why=A_PART,
     ),
     "S2 9.2 code": Row("2 ranks, 3 steps, on the block of 9.1"),
-    "S2 10.1": Row("", why=LATER),
-    "S2 10.2": Row("", why=LATER),
-    "S2 10.3": Row("", why=LATER),
+    "S2 10.1": Row(
+        "1 process; 200 tokens are drawn, in fp16",
+        (TINY_LLAMA, Change('.to("cuda")', ".to(ds_engine.device)", "the test's machine has no GPU")),
+    ),
+    "S2 10.2": Row("4 ranks, a Llama of 4 heads; logits against one process"),
+    "S2 10.3": Row("1 and 2 ranks, the model of 10.1; greedy tokens against the plain model's"),
     "S2 11.2": Row("", why=LATER_RL),
     "S2 11.3": Row("", why=LATER_RL),
     "S2 11.4": Row("", why=LATER_RL),
