@@ -23,7 +23,7 @@ from megazero.engine.timers import Timers
 from megazero.engine.update import Divisors, StepResult
 from megazero.parallel.pipeline import Pipeline
 from megazero.parallel.topology import Topology
-from megazero.zero.access import _Owner as Owner
+from megazero.zero.access import Owner
 from megazero.zero.zero import Zero
 
 

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 -m megazero.integrations.deepspeed script.py args…
     megazero.integrations.deepspeed.install()                                     # before transformers is imported
 
-TABLE says what stands for what. Names are found when they are used.
+TABLE says what stands for what. Names are found when they are used. On several CPU ranks transformers' Trainer wants
+TrainingArguments(use_cpu=True); without it accelerate counts one process, and initialize() refuses its batch size.
 """
 
 from __future__ import annotations

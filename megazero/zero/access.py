@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from megazero.base.errors import ConfigError
 from megazero.parallel.collectives import all_reduce
@@ -21,7 +20,11 @@ Owned = Callable[[Bucket], list[tuple[int, Tensor]]]
 """Flat tensors over parts of a bucket's owned elements: (first element, tensor)."""
 
 
-class _Owner:
+# An attribute, not a global map: the owner holds its parameters, so that a map would keep both for ever.
+_OWNER = "_megazero_owner"
+
+
+class Owner:
     """What stands behind a parameter: its Zero, and where the optimizer keeps its states."""
 
     def __init__(self, zero: Zero, states: Callable[[Bucket, str], list[tuple[int, Tensor]]]) -> None:
@@ -30,23 +33,20 @@ class _Owner:
         """What the reduced gradients are multiplied by, to be the mean that the optimizer sees."""
 
 
-_OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def register(zero: Zero, states: Callable[[Bucket, str], list[tuple[int, Tensor]]]) -> _Owner:
+def register(zero: Zero, states: Callable[[Bucket, str], list[tuple[int, Tensor]]]) -> Owner:
     """Let the functions of this file find the parameters of `zero`. `states`: per-element optimizer states of a bucket
     by name, each with its first element; empty for a state that is not there.
 
     The engine sets `factor` of what is returned.
     """
-    owner = _Owner(zero, states)
+    owner = Owner(zero, states)
     for parameter in zero.model.parameters():
-        _OWNERS[parameter] = owner
+        setattr(parameter, _OWNER, owner)
     return owner
 
 
-def owner_of(parameter: nn.Parameter) -> _Owner | None:
-    owner: _Owner | None = _OWNERS.get(parameter)
+def owner_of(parameter: nn.Parameter) -> Owner | None:
+    owner: Owner | None = getattr(parameter, _OWNER, None)
     return owner
 
 
@@ -124,7 +124,7 @@ def write_weights(zero: Zero, bucket: Bucket, place: Placed, value: Tensor) -> N
             _write(bucket, place, value, [(bucket.slice[0], bucket.shard)])
 
 
-def _find(parameter: nn.Parameter) -> tuple[_Owner, Bucket, Placed] | None:
+def _find(parameter: nn.Parameter) -> tuple[Owner, Bucket, Placed] | None:
     owner = owner_of(parameter)
     if owner is None or parameter not in owner.zero.reduction.home:
         return None
@@ -133,7 +133,7 @@ def _find(parameter: nn.Parameter) -> tuple[_Owner, Bucket, Placed] | None:
     return owner, owner.zero.buckets[index], place
 
 
-def _must_find(parameter: nn.Parameter, value: Tensor) -> tuple[_Owner, Bucket, Placed]:
+def _must_find(parameter: nn.Parameter, value: Tensor) -> tuple[Owner, Bucket, Placed]:
     found = _find(parameter)
     if found is None:
         raise ConfigError("this parameter is not trained by an engine: write it with torch.no_grad() and copy_ instead")

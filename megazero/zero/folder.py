@@ -112,10 +112,10 @@ def allows_direct_io(folder: Path) -> bool:
     descriptor = -1
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
-        view, back = memoryview(page.numpy()), aligned_bytes(ALIGNMENT)
+        view, back = page.numpy().data, aligned_bytes(ALIGNMENT)
         if os.pwrite(descriptor, view, 0) != ALIGNMENT:
             return False
-        return os.preadv(descriptor, [memoryview(back.numpy())], 0) == ALIGNMENT and torch.equal(page, back)
+        return os.preadv(descriptor, [back.numpy().data], 0) == ALIGNMENT and torch.equal(page, back)
     except OSError as error:
         if error.errno in _NO_DIRECT_IO:
             return False

@@ -10,6 +10,7 @@ are one entry, `gradient_ready` the explicit one.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -105,7 +106,7 @@ class Zero:
         self._gathers: dict[int, Pending] = {}
         self._finished_early = False
         for parameter in self.reduction.home:
-            parameter.register_post_accumulate_grad_hook(self.gradient_ready)
+            parameter.register_post_accumulate_grad_hook(partial(_ready, weakref.ref(self)))
         if overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1:
             self._wait_before_use(model, units)
 
@@ -328,6 +329,14 @@ class Zero:
     def frozen_shards(self) -> list[tuple[Bucket, int, Tensor]]:
         """Stage 3: parameters that are not trained, in the model's type, as `pieces` takes them."""
         return [(bucket, bucket.slice[0], bucket.shard) for bucket in self.frozen]
+
+
+def _ready(zero: weakref.ref[Zero], parameter: nn.Parameter) -> None:
+    """The hook of a parameter. Python's collector does not see through a tensor's hooks: one that held its Zero would
+    keep the model, its memory and its process groups for ever."""
+    owner = zero()
+    if owner is not None:
+        owner.gradient_ready(parameter)
 
 
 def _wait_hook(zero: Zero, indices: list[int], module: nn.Module, args: object) -> None:

@@ -144,13 +144,13 @@ def test_on_nvme_gradients_stay(ranks: Ranks, tmp_path: Path, record_property: R
         assert found.planned.device == {}
         assert found.planned.cpu == pytest.approx(gradients)
         assert found.planned.nvme == pytest.approx(wanted)
-        assert found.counted == pytest.approx(gradients, rel=0.05)
         other = found.held.pop("other", 0.0)
-        assert found.held == pytest.approx(gradients, rel=0.05)
+        for of in (found.counted, found.held):
+            assert {k: v for k, v in of.items() if v > 0.01} == pytest.approx(gradients, rel=0.05)  # Adam's step counts
         assert other <= 1.05 * sum(found.passing.cpu.values())
-        record_line(
-            record_property,
-            TITLE,
-            f"N=2 32-bit gradients, stage 3 + NVMe: {found.held['gradients']:.3f}, table {gradients['gradients']:.3f}; "
-            f"buffers {other:.3f}, planned at most {sum(found.passing.cpu.values()):.3f}",
-        )
+    record_line(
+        record_property,
+        TITLE,
+        f"N=2 32-bit gradients, stage 3 + NVMe: {found.held['gradients']:.3f}, table {gradients['gradients']:.3f}; "
+        f"buffers {other:.3f}, planned at most {sum(found.passing.cpu.values()):.3f}",
+    )

@@ -223,3 +223,19 @@ def check_init(stage: int) -> None:
 
 def test_a_model_that_was_built_sharded(ranks: Any) -> None:
     ranks.run(check_init, 4, 3)
+
+
+def check_loader() -> list[int]:
+    """The first micro-batch that this rank takes from a dataset, and a step of it."""
+    samples = [{"input_ids": row, "labels": row} for row in ids_of(5, rows=8)]
+    engine, _, loader, _ = megazero.initialize(
+        model=make("Llama"), config=config_of(2, 2), training_data=samples, model_parameters=None
+    )
+    first = next(iter(loader))["input_ids"]
+    assert torch.isfinite(engine.train_batch())
+    return [engine.topology.coord["dp"], *first.flatten().tolist()]
+
+
+def test_ranks_of_one_tp_group_see_the_same_batch(ranks: Any) -> None:
+    first, second, third, fourth = ranks.run(check_loader, 4)
+    assert first == second and third == fourth and first[1:] != third[1:]

@@ -111,11 +111,9 @@ SHARDED = {layout for layout in LAYOUTS if "zero2" in layout or "zero3" in layou
 
 
 def _always(layout: str, model: str) -> bool:
-    return (
-        layout in ALWAYS
-        and not (layout in SHARDED and model == "weights on few rows")
-        or (layout in SHARDED and model in ("llama", "gpt2"))
-    )
+    if layout in SHARDED:
+        return model == "llama" or (layout in ALWAYS and model in ("gpt2", "qwen"))
+    return layout in ALWAYS
 
 
 CASES = [

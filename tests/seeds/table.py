@@ -168,7 +168,7 @@ ROWS: dict[str, Row] = {
             Change(
                 'load_dataset("tatsu-lab/alpaca", split="train")',
                 'load_dataset("json", data_files="alpaca.jsonl", split="train")',
-                "no download: 64 rows of the same columns",
+                "no download: 32 rows of the same columns",
             ),
             Change("max_length=512", "max_length=32", "size"),
             Change('report_to="wandb"', 'report_to="none"', "no network"),

@@ -79,6 +79,40 @@ print(json.dumps([trainer.state.global_step, mean, sum(plain) / len(plain), trai
     assert mean == pytest.approx(plain, rel=2e-3) and evaluated < plain
 
 
+STAGE_3 = """
+import json
+from pathlib import Path
+from transformers import Trainer, TrainingArguments
+training_args = TrainingArguments(
+    output_dir="./results", num_train_epochs=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, save_steps=4, seed=1,
+    deepspeed="ds_config.json", use_cpu=not torch.cuda.is_available(),
+)
+model = GPT2LMHeadModel.from_pretrained("./tiny-gpt2")
+held = sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+trainer = Trainer(model=model, args=training_args, train_dataset=train_dataset[:32], eval_dataset=eval_dataset)
+last = Path("results/checkpoint-4")
+trainer.train(resume_from_checkpoint=str(last) if last.exists() else None)
+trainer.save_model("./final")
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+GPT2LMHeadModel.from_pretrained("./final")
+print(json.dumps([held, losses, trainer.evaluate()["eval_loss"]]))
+"""
+
+
+def test_trainer_at_stage_3_and_its_resume(tmp_path: Path) -> None:
+    """Beyond the documents' own blocks: what the Trainer asks of DeepSpeed at stage 3, one process."""
+    tiny.gpt2(tmp_path)
+    auto = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"]
+    config = settings("S2 2.3") | dict.fromkeys(auto, "auto")
+    (tmp_path / "ds_config.json").write_text(json.dumps(config))
+    before = GPT2.replace("model = ", "# ")  # after the arguments, as the Trainer wants it for stage 3
+    runs = [json.loads(script(tmp_path, before, STAGE_3).splitlines()[-1]) for _ in range(2)]
+    (held, losses, evaluated), resumed = runs
+    assert held < 1000 and len(losses) == 8 and losses[-1] < losses[0] and evaluated < losses[0]
+    assert resumed[1:] == [losses, evaluated]
+
+
 def test_accelerate(tmp_path: Path) -> None:
     tiny.gpt2(tmp_path)
     before = """

@@ -56,7 +56,7 @@ def test_pretrain_gpt_takes_the_flags_of_7_1(tmp_path: Path) -> None:
     (tmp_path / "ds_config.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     words = command("S2 7.1 launch")
     flags = words[words.index("pretrain_gpt.py") + 1 :]
-    plan = "--dry-run --world-size 32 --device-memory 200GiB --mock-data --vocab-size 50304".split()
+    plan = ["--dry-run", "--world-size", "32", "--device-memory", "200GiB", "--mock-data", "--vocab-size", "50304"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "pretrain_gpt.py"), *flags, *plan],
         cwd=tmp_path,

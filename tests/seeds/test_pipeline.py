@@ -110,8 +110,11 @@ def check_without_data(folder: str) -> None:
         engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
         with pytest.raises(ValueError, match="training_data"):
             engine.train_batch()
+        engine, *_ = deepspeed.initialize(model=model, config=config, training_data=data())
+        with pytest.raises(ValueError, match="optimizer"):
+            engine.train_batch()
         assert dist.get_world_size() == 4
 
 
-def test_train_batch_without_data_says_so(ranks: Ranks, tmp_path: Path) -> None:
+def test_train_batch_without_data_or_optimizer_says_so(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(check_without_data, 4, str(tmp_path))

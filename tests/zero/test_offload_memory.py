@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +70,8 @@ runs = {
     "stage 3 + nvme": config(3, offload_optimizer=nvme, offload_param={**nvme, "max_in_cpu": 0}),
 }
 torch.set_num_threads(1)
-megazero.init_distributed()
+ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", **ranks)  # a free port may be taken again
 megazero.initialize(model=build(1), config=config(3))  # what the first one allocates for all
 found = {}
 for name, settings in runs.items():
@@ -107,11 +107,8 @@ print("FOUND " + json.dumps(train(engine, 3)), flush=True)
 
 def start(program: str, arguments: list[str], ranks: int, blocks: int) -> list[subprocess.Popen[str]]:
     """Fresh processes, whose allocator gives freed memory back at once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    base = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    base |= {"LOCAL_WORLD_SIZE": str(ranks), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    base = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    base |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", MODEL + program.replace("BLOCKS", str(blocks)), *arguments]
     return [
         subprocess.Popen(
