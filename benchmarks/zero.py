@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -190,7 +189,8 @@ def worker(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(options.threads)
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=options.ranks)
+    meet = f"file://{options.folder}/meet-{options.worker}"
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=meet, rank=rank, world_size=options.ranks)
     dist.barrier()
     before = resident("VmRSS")
     try:
@@ -251,14 +251,11 @@ class Configuration:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.rates, self.losses = name, list[float](), list[float]()
         self.error: str | None = None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         self.processes = []
         for rank in range(options.ranks):
             settings = {
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": "1",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
             }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,16 +96,10 @@ def initialize(
     _, device = join()
     log = Log(dist.get_rank() if dist.is_initialized() else 0)
     topology = _topology(model, mpu, source, device)
-    settings = _settle(source, topology, model, device)
+    settings = _settle(source, topology, model, device, own_scheduler=lr_scheduler is not None)
     if settings.report:
         log.main(settings.report)
-    check_real(model)
-    if mpu is not None:
-        give_specs(model, topology)
-    else:
-        model = shard_foreign(model, topology, device)
-    equalize(model, topology, device)
-    move_buffers(model, device, DTYPES[settings.config.training.precision])
+    model = _prepared(model, topology, mpu, device, settings.config)
     named = settings.optimizer if isinstance(settings.optimizer, Named) else None
     made: Any = make_client_optimizer(model, optimizer, model_parameters, named, log.main)
     if made is None and isinstance(settings.optimizer, OptimizerConfig):
@@ -120,6 +114,18 @@ def initialize(
     _apply_pipeline_options(model, settings.options, log)
     engine.reporter.begin(settings.options.steps_per_print or 0, engine.train_batch_size())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _prepared(model: nn.Module, topology: Topology, mpu: Any, device: torch.device, config: RunConfig) -> nn.Module:
+    """The module split over tp if it is to be, with equal values on all ranks of a ZeRO group and buffers in place."""
+    check_real(model)
+    if mpu is not None:
+        give_specs(model, topology)
+    else:
+        model = shard_foreign(model, topology, device)
+    equalize(model, topology, device)
+    move_buffers(model, device, DTYPES[config.training.precision])
+    return model
 
 
 def _given(args: Any, config: Source | None, config_params: Source | None) -> Source:
@@ -155,16 +161,24 @@ def _topology(model: nn.Module, mpu: Any, source: RunConfig | DeepSpeedConfig, d
 
 
 def _settle(
-    source: RunConfig | DeepSpeedConfig, topology: Topology, model: nn.Module, device: torch.device
+    source: RunConfig | DeepSpeedConfig,
+    topology: Topology,
+    model: nn.Module,
+    device: torch.device,
+    *,
+    own_scheduler: bool = False,
 ) -> Settings:
-    """The configuration for these ranks and this model, with the precision that "auto" means here."""
+    """The configuration for these ranks and this model, with the precision that "auto" means here. `own_scheduler`: the
+    script has one, so that what the configuration says of its own need not be complete."""
     replicas = topology.size("dp")
     if isinstance(source, RunConfig):
         options = Options(steps_per_print=source.logging.log_interval)
         return Settings(_with_precision(source, device), source.optimizer, None, options, None)
-    found = resolve_deepspeed(source, data_parallel_size=replicas, model=facts_of(model))
+    left = replace(source, scheduler=None) if own_scheduler else source
+    found = resolve_deepspeed(left, data_parallel_size=replicas, model=facts_of(model))
     config = _with_precision(found.config, device)
-    return Settings(config, found.optimizer, found.scheduler, found.options, found.report.text())
+    scheduler = source.scheduler if own_scheduler else found.scheduler
+    return Settings(config, found.optimizer, scheduler, found.options, found.report.text())
 
 
 def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:

@@ -30,6 +30,7 @@ from megazero.plan.memory import Homes
 from megazero.plan.parameters import parameters
 from megazero.plan.rank import largest_rank, rank_memory, remedies
 from megazero.plan.schedule import UNIT_TIMES, Action, Table, bubble_formula, draw, replay
+from megazero.zero.adopt import with_leaves
 from megazero.zero.buckets import Bucket, make_buckets
 from megazero.zero.stages import STAGES
 
@@ -109,11 +110,12 @@ def lay_out(config: RunConfig, topology: Topology) -> list[Bucket]:
     """This rank's parameters, on meta, in the buckets that ZeRO would allocate."""
     mine = [stage for stage in cut_layers(config) if stage.rank == topology.group("pp").rank]
     parts = [Part(stage.layers, stage.has_embedding, stage.has_loss) for stage in mine]
-    module = nn.ModuleList(build_parts(config.model, topology, parts))
+    module, group = nn.ModuleList(build_parts(config.model, topology, parts)), topology.group("zero")
+    blocks = [name for name, block in module.named_modules() if isinstance(block, Block)]
     return make_buckets(
         module,
-        [name for name, block in module.named_modules() if isinstance(block, Block)],
-        topology.group("zero"),
+        with_leaves(module, blocks, group.size),
+        group,
         sharded=STAGES[config.parallel.zero_stage].optimizer_sharded,
         limit=config.parallel.ddp_bucket_size,
     )

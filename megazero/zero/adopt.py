@@ -33,7 +33,8 @@ def with_leaves(model: nn.Module, units: list[str], ranks: int) -> list[str]:
     slices = ranks * ALIGNMENT
     worth = 16 * slices  # elements; padding is at most a 16th of them
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = [unit for unit in units if sum(p.numel() for p in modules[unit].parameters()) >= slices]
+    held = {unit: sum(p.numel() for p in modules[unit].parameters()) for unit in units if unit in modules}
+    found = [unit for unit, elements in held.items() if elements >= slices]
     kept = list(found)
     for name, module in model.named_modules():
         if name in found or innermost(f"{name}.", kept) or not name:

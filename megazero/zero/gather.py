@@ -11,7 +11,7 @@ until the outermost forward ends. All ranks must run their modules in the same o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,8 +100,6 @@ class Gatherer:
     def _register(self, model: nn.Module, units: list[str]) -> None:
         roots = _roots(model)
         for name, module in model.named_modules(remove_duplicate=False):
-            if not isinstance(module._parameters, OnAccess):
-                module._parameters = OnAccess(module._parameters, self)
             if module in self._hooked or not (module in roots or name in units):
                 continue
             self._hooked.add(module)
@@ -329,16 +327,16 @@ def _roots(model: nn.Module) -> list[nn.Module]:
 
 
 class OnAccess(dict[str, nn.Parameter | None]):
-    """A module's `_parameters`, which gathers what is read through an attribute while a forward runs."""
+    """A module's `_parameters`, which tells of each that is read through an attribute."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter | None], gatherer: Gatherer) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter | None], before: Callable[[nn.Parameter], None]) -> None:
         super().__init__(parameters)
-        self._gatherer = gatherer
+        self._before = before
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
         parameter = super().__getitem__(name)
         if parameter is not None:
-            self._gatherer.on_access(parameter)
+            self._before(parameter)
         return parameter
 
     def __reduce__(self) -> Any:  # a copied or pickled module is an ordinary one

@@ -22,7 +22,7 @@ from megazero.parallel.sharding import Box, spec_slice_boxes
 from megazero.parallel.topology import Topology
 from megazero.zero.adopt import drop_gradients, give_specs, leave_meta, settle_others, values_of, with_leaves
 from megazero.zero.buckets import Bucket, Placed, innermost, make_buckets
-from megazero.zero.gather import Gatherer, Limits
+from megazero.zero.gather import Gatherer, Limits, OnAccess
 from megazero.zero.homes import Homes
 from megazero.zero.reduction import Reduction
 from megazero.zero.stages import STAGES
@@ -107,8 +107,12 @@ class Zero:
         self._finished_early = False
         for parameter in self.reduction.home:
             parameter.register_post_accumulate_grad_hook(partial(_ready, weakref.ref(self)))
-        if overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1:
+        overlaps = overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1
+        if overlaps:
             self._wait_before_use(model, units)
+        if overlaps or self.gatherer is not None:
+            for module in model.modules():
+                module._parameters = OnAccess(module._parameters, self._before_read)
 
     def _lay_out(
         self,
@@ -257,6 +261,13 @@ class Zero:
             indices = {home[p][0] for p in module.parameters(recurse=name in at_once) if p in home}
             if indices:
                 module.register_forward_pre_hook(partial(_wait_hook, self, sorted(indices)))
+
+    def _before_read(self, parameter: nn.Parameter) -> None:
+        """A module's parameter is read, perhaps by code that never calls the module."""
+        if self._gathers and (found := self.reduction.home.get(parameter)) is not None:
+            self.wait_parameters([found[0]])
+        if self.gatherer is not None:
+            self.gatherer.on_access(parameter)
 
     # what the optimizer, the clip and the checkpoint see
 

@@ -114,6 +114,16 @@ def test_scheduler_given_how(given: str, client: bool, capsys: pytest.CaptureFix
     assert engine.get_lr() == [0.125]
 
 
+def test_the_scripts_scheduler_leaves_the_configurations_open() -> None:
+    """Its "auto" asks for a number of steps that nobody needs then."""
+    params = {"warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}
+    config = config_of() | {"scheduler": {"type": "WarmupDecayLR", "params": params}}
+    with pytest.raises(ConfigError, match="total_num_steps"):
+        megazero.initialize(model=make(), config=config)
+    *_, scheduler = megazero.initialize(model=make(), config=config, lr_scheduler=halving)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
+
+
 def test_what_the_script_gives_wins_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     model = make()
     megazero.initialize(model=model, optimizer=adamw(model.parameters()), config=config_of())

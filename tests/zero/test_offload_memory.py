@@ -77,7 +77,7 @@ found = {}
 for name, settings in runs.items():
     gc.collect()
     before = resident("VmRSS")
-    engine, *_ = megazero.initialize(model=build(BLOCKS), config=settings)
+    engine = megazero.initialize(model=build(BLOCKS), config=settings)[0]
     train(engine, 2)
     gc.collect()
     kept = resident("VmRSS") - before
@@ -108,6 +108,7 @@ print("FOUND " + json.dumps(train(engine, 3)), flush=True)
 def start(program: str, arguments: list[str], ranks: int, blocks: int) -> list[subprocess.Popen[str]]:
     """Fresh processes, whose allocator gives freed memory back at once."""
     base = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, and not used: the ranks meet at a file
     base |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", MODEL + program.replace("BLOCKS", str(blocks)), *arguments]
     return [

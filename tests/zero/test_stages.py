@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megazero.parallel.collectives import Pending
 from megazero.parallel.topology import Topology
+from megazero.zero import zero as zero_module
 from megazero.zero.gather import Limits
 from megazero.zero.zero import Zero
 
@@ -348,3 +350,17 @@ def test_what_stays_whole_between_forward_and_backward(ranks: Any) -> None:
     ranks.run(check_what_is_whole, 2, 0, [])
     ranks.run(check_what_is_whole, 2, 7000, ["", "blocks.2"])
     ranks.run(check_what_is_whole, 2, 10**9, ["", "blocks.0", "blocks.1", "blocks.2"])
+
+
+def check_late_gathers(stage: int) -> None:
+    """Gathers that complete only when waited for, under a model that reads weights of modules that it never calls."""
+    real = zero_module.all_gather_slices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_module, "all_gather_slices", lambda *given: Pending([], lambda: real(*given).wait()))
+        for settings in ({"bucket_elements": 1}, {"bucket_elements": 1500}):
+            check_model(Outside, stage, settings | ({"persistence_threshold": 200} if stage == 3 else {}))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_read_from_outside_have_arrived(ranks: Any, stage: int) -> None:
+    ranks.run(check_late_gathers, 2, stage)
