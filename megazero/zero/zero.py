@@ -81,7 +81,7 @@ class Zero:
                 source,
                 grad_dtype=grad_dtype,
                 shard_gradients=self._shards_gradients,
-                shard_parameters=self._shards_parameters and bucket.numel > 0 and not self._is_small(bucket),
+                shard_parameters=self._shards_parameters and not self._is_small(bucket),
                 place=self.homes.place(bucket.length if bucket.trainable else 0, bucket.width),
             )
         settle_others(model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device)
@@ -105,13 +105,17 @@ class Zero:
             self.reduction.on_complete = self._done_with
         self._gathers: dict[int, Pending] = {}
         self._finished_early = False
+        self._register(units)
+
+    def _register(self, units: list[str]) -> None:
+        """Learn of gradients as they come, and of parameters before they are read."""
         for parameter in self.reduction.home:
             parameter.register_post_accumulate_grad_hook(partial(_ready, weakref.ref(self)))
-        overlaps = overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1
+        overlaps = self.overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1
         if overlaps:
-            self._wait_before_use(model, units)
+            self._wait_before_use(self.model, units)
         if overlaps or self.gatherer is not None:
-            for module in model.modules():
+            for module in self.model.modules():
                 module._parameters = OnAccess(module._parameters, self._before_read)
 
     def _lay_out(

@@ -63,17 +63,17 @@ def mean_of_means(engine: Engine) -> None:
 
 def gradient_not_reduced(engine: Engine) -> None:
     """A data-parallel bucket that keeps its own gradients."""
-    bucket = engine.zero.buckets[0]
-    reduce_next = engine.zero._reduce_next
+    bucket, reduction = engine.zero.buckets[0], engine.zero.reduction
+    start = reduction._start
 
-    def keep_first() -> None:
-        own = bucket.grads.clone() if engine.zero._next == 0 else None
-        reduce_next()
+    def keep_first(index: int) -> None:
+        own = bucket.grads.clone() if index == 0 and bucket.grads is not None else None
+        start(index)
         if own is not None:
-            engine.zero._reductions[0].wait()
-            engine.zero._reductions[0] = Pending([], lambda: bucket.grads.copy_(own))  # type: ignore[arg-type,return-value]
+            reduction._under_way[0].wait()
+            reduction._under_way[0] = Pending([], lambda: bucket.grads.copy_(own))  # type: ignore[union-attr,return-value]
 
-    engine.zero._reduce_next = keep_first  # type: ignore[method-assign]
+    reduction._start = keep_first  # type: ignore[method-assign]
 
 
 def gradient_scale_wrong(engine: Engine) -> None:

@@ -103,12 +103,12 @@ def test_the_fastest_that_fits(device: float, cpu: float | None, choice: tuple[i
 
 
 def test_room_is_left_where_that_is_possible() -> None:
-    """ZeRO 2 needs 83.0 GiB, ZeRO 3 73.8."""
+    """At 84 GiB ZeRO 2 would fit just so, at 65 only what fits just so is left."""
     for device, stage in ((84, 3), (90, 2)):
         found = recommended([next(walk(large(), machines(device=device)))])
         assert found is not None
         assert (found[1].choice, found[1].is_tight) == ((stage, "none", "none"), False)
-    found = recommended([next(walk(large(), machines(device=61.5)))])
+    found = recommended([next(walk(large(), machines(device=65)))])
     assert found is not None and found[1].is_tight
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 
 MODEL = """
-import gc, json, os, resource, sys
+import gc, json, os, resource, sys, time
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -28,6 +28,16 @@ import megazero
 def resident(key):
     text = open("/proc/self/status").read()
     return int(text.split(key + ":")[1].split()[0]) * 1024
+
+def settled():
+    # when threads of the process group have let go of what they sent
+    gc.collect()
+    before, now = None, resident("VmRSS")
+    while before is None or now < before:
+        before = now
+        time.sleep(0.3)
+        now = resident("VmRSS")
+    return now
 
 class Block(nn.Module):
     def __init__(self):
@@ -75,12 +85,10 @@ dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", **rank
 megazero.initialize(model=build(1), config=config(3))  # what the first one allocates for all
 found = {}
 for name, settings in runs.items():
-    gc.collect()
-    before = resident("VmRSS")
+    before = settled()
     engine = megazero.initialize(model=build(BLOCKS), config=settings)[0]
     train(engine, 2)
-    gc.collect()
-    kept = resident("VmRSS") - before
+    kept = settled() - before
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts again from here
     loss = train(engine, 1)
     found[name] = [kept, resident("VmHWM") - before, loss]
