@@ -264,7 +264,7 @@ TABLE: dict[str, Entry] = {
     "sparse_gradients": Dead("embedding gradients are dense: the same numbers"),
     **_each("disable_allgather allgather_size", Dead("weights are always gathered, never broadcast")),
     "dataloader_drop_last": Value(bool),
-    "checkpoint.tag_validation": Value(Literal["Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL"]),
+    "checkpoint.tag_validation": Dead("ranks that save under different tags are always an error"),
     "checkpoint.load_universal": Dead(_ANY_LAYOUT),
     "checkpoint.use_node_local_storage": _off(False, remedy="give a folder that all machines see"),
     **_each("parallel_write checkpoint_serialization writer", Dead("every rank writes its share"), "checkpoint."),

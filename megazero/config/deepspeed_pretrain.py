@@ -118,7 +118,6 @@ def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: An
     for path, reason in (
         ("dataloader_drop_last", "the data loader has no last batch: samples never run out"),
         ("pipeline.seed_layers", "initial weights are drawn by parameter name, equal on any layout"),
-        ("checkpoint.tag_validation", "checkpoints are named by their iteration"),
         ("csv_monitor.enabled", "metrics.jsonl has every line"),
         ("csv_monitor.output_path", "metrics.jsonl has every line"),
         ("csv_monitor.job_name", "metrics.jsonl has every line"),

@@ -37,8 +37,6 @@ class Options:
     """pipeline.activation_checkpoint_interval, for a PipelineModule; 0 recomputes nothing."""
     dataloader_drop_last: bool = False
     """Leave the last samples out that fill no batch."""
-    tag_validation: str = "warn"
-    """What to do when ranks save under different tags: ignore, warn, fail."""
     steps_per_print: int | None = None
     """Steps between lines; None: no lines."""
 
@@ -58,7 +56,6 @@ def translate(reading: Reading) -> Options:
         seed_layers=seed,
         activation_checkpoint_interval=interval,
         dataloader_drop_last=bool(_take(reading, "dataloader_drop_last", "the data loader")),
-        tag_validation=str(_take(reading, "checkpoint.tag_validation", "checkpoints") or "warn").lower(),
         steps_per_print=_steps_per_print(reading, values.get("steps_per_print")),
     )
 

@@ -58,7 +58,6 @@ def test_offload_to_cpu_and_nvme() -> None:
     assert (offload.offload_optimizer, offload.offload_param) == ("nvme", "nvme")
     assert offload.offload_optimizer_path == offload.offload_param_path == "/local_nvme"
     assert (offload.offload_optimizer_buffer_count, offload.offload_param_buffer_count) == (4, 5)
-    assert offload.offload_param_buffer_size == 100_000_000
     assert (offload.nvme_block_size, offload.nvme_queue_depth, offload.nvme_threads) == (1_048_576, 8, 1)
 
 
