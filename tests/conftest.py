@@ -41,6 +41,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write("\n".join(lines) + "\n")
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_stays() -> Iterator[None]:
+    """A test that joins a process group of one in this process leaves none to the next."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[Ranks]:
     pool = Ranks()

@@ -13,6 +13,7 @@ SIGUSR1 writes the stacks of all threads to the file named on the command line. 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import random
@@ -119,6 +120,7 @@ def clean_state(job: Job) -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+    gc.collect()  # an engine is a cycle; it holds process groups, whose threads live as long
     if dist.is_initialized():
         dist.destroy_process_group()
     torch.set_grad_enabled(True)
@@ -169,6 +171,7 @@ def main(pipe: int, stacks: str, parent: int) -> None:
     faulthandler.enable()
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays; collections look at what jobs made
     try:
         serve(Connection(pipe))
     except (EOFError, BrokenPipeError):
