@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import megazero
 from megazero.base.errors import CheckpointError, ConfigError
 from megazero.inference.engine import InferenceEngine
+from megazero.parallel.collectives import barrier
 from megazero.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from tests.parallel.foreign_models import ids_of, make
 
@@ -85,6 +86,7 @@ def check_streamed(family: str, settings: dict[str, Any], files: bool) -> tuple[
     assert not any(bucket.values is not None for bucket in zero.frozen), "weights are let go after use"
     stored = Path(settings["zero"]["offload_param"]["nvme_path"]).rglob("*") if files else []
     size = sum(path.stat().st_size for path in stored if path.is_file())
+    barrier(engine.engine.topology.group("world"))  # the files of all ranks are counted
     zero.homes.close()
     return difference, size
 
