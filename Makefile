@@ -16,7 +16,7 @@ ARGS ?=
 
 help:
 	@echo 'make pretrain    train a small model on real text (about 5 minutes on 2 CPU cores), into $(RUN)'
-	@echo 'make test        the tests (about 13 minutes on 2 CPU cores)'
+	@echo 'make test        the tests (about 15 minutes on 2 CPU cores)'
 	@echo 'make test-all    the tests, the slow ones too (8 ranks)'
 	@echo 'make lint        style, types, layers'
 	@echo 'make bench       the measurements behind the claims, on this machine'
