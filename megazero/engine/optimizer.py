@@ -89,7 +89,7 @@ class ShardOptimizer:
             groups[index[place.parameter]].append(cut.flat)
         repoint(self.optimizer, groups)
         self._by_bucket = {id(bucket): [cut for cut in self.cuts if cut.bucket is bucket] for bucket in zero.buckets}
-        self.files = StateFiles(zero.homes)
+        self.files = StateFiles()
         self.at_hand = all(
             b.grad_dtype == torch.float32 and b.reduced.device == b.place.state_device and not self._is_filed(b)
             for b in zero.buckets

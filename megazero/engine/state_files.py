@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megazero.base.errors import ConfigError
 from megazero.zero.buckets import Bucket
-from megazero.zero.homes import FileTensor, Homes, Transfer
+from megazero.zero.homes import FileTensor, Transfer
 
 
 class CutLike(Protocol):
@@ -47,8 +47,7 @@ class _Loaded:
 class StateFiles:
     """The files of one rank's buckets."""
 
-    def __init__(self, homes: Homes) -> None:
-        self.homes = homes
+    def __init__(self) -> None:
         self._files: dict[tuple[int, int, str], FileTensor] = {}
         self._loaded: dict[int, _Loaded] = {}
         self._writing: list[_Loaded] = []

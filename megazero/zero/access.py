@@ -1,6 +1,6 @@
 """Whole tensors of one parameter, at every stage: fp32 master, gradient, optimizer state; reading and writing.
 
-A parameter knows its Zero through `zero_of`. Reading is collective over the ZeRO group: every rank gets the whole
+A parameter knows its Zero through `owner_of`. Reading is collective over the ZeRO group: every rank gets the whole
 tensor, of the shape that the parameter has on its rank (its part under tensor parallelism). The names are DeepSpeed's.
 """
 
@@ -15,10 +15,6 @@ from megazero.base.errors import ConfigError
 from megazero.parallel.collectives import all_reduce
 from megazero.zero.buckets import Bucket, Placed
 from megazero.zero.zero import Zero
-
-Owned = Callable[[Bucket], list[tuple[int, Tensor]]]
-"""Flat tensors over parts of a bucket's owned elements: (first element, tensor)."""
-
 
 # An attribute, not a global map: the owner holds its parameters, so that a map would keep both for ever.
 _OWNER = "_megazero_owner"

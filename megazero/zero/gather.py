@@ -102,23 +102,22 @@ class Gatherer:
         for name, module in model.named_modules(remove_duplicate=False):
             if module in self._hooked or not (module in roots or name in units):
                 continue
-            self._hooked.add(module)
             unit = name if name in units else ""
             inside = {self.of[p] for p in module.parameters() if p in self.of}
             others = [other for other in units if not unit or other.startswith(f"{unit}.")]  # gather by themselves
             indices = sorted(index for index in inside if self.buckets[index].unit not in others)
-            module.register_forward_pre_hook(partial(_before, self, unit, indices), prepend=True)
-            module.register_forward_hook(partial(_after, self, indices), always_call=True)
+            self._hook(module, unit, indices)
+
+    def _hook(self, module: nn.Module, unit: str, indices: list[int]) -> None:
+        self._hooked.add(module)
+        module.register_forward_pre_hook(partial(_before, self, unit, indices), prepend=True)
+        module.register_forward_hook(partial(_after, self, indices), always_call=True)
 
     def also_root(self, module: nn.Module) -> None:
         """Let the forward of this module, which is called instead of the model's own (a pipeline's stage), gather what
         is in no unit."""
-        if module in self._hooked:
-            return
-        self._hooked.add(module)
-        indices = sorted(self.units.get("", []))
-        module.register_forward_pre_hook(partial(_before, self, "", indices), prepend=True)
-        module.register_forward_hook(partial(_after, self, indices), always_call=True)
+        if module not in self._hooked:
+            self._hook(module, "", sorted(self.units.get("", [])))
 
     # what a unit's forward does
 
@@ -127,9 +126,7 @@ class Gatherer:
             self._backward.end()  # of an earlier micro-batch, in a pipeline
         self._depth += 1
         self._hooks.append(self._push())
-        for index in indices:
-            self._pinned[index] = self._pinned.get(index, 0) + 1
-        self.need(indices)
+        self.hold(indices)
         if unit and not in_backward():
             self._forward.visit(unit)
             self._fetch_ahead(self._forward.after(unit))
@@ -299,12 +296,6 @@ class Gatherer:
             assert bucket.values is not None
             del self._live[index], self._by_pointer[bucket.values.untyped_storage().data_ptr()]
             bucket.unbind()
-
-    def let_go_of_all(self) -> None:
-        """The shards are about to change."""
-        self._held.clear()
-        for index in [*self._live, *self._coming, *self._reading]:
-            self.let_go(index)
 
     def hold(self, indices: Iterable[int]) -> None:
         """Make these whole until `unhold`."""

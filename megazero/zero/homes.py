@@ -61,10 +61,6 @@ class Place:
     state_store: NvmeStore | None = None
     shard_store: NvmeStore | None = None
 
-    @property
-    def offloads_state(self) -> bool:
-        return self.state_store is not None
-
 
 @dataclass
 class Homes:

@@ -73,9 +73,7 @@ def forget(parameter: Tensor) -> None:
 def cut(parameter: nn.Parameter, group: AxisGroup, home: torch.device | None = None, source: int = 0) -> None:
     """Keep this rank's slice of a whole parameter, with the values of the group's member `source`. Collective."""
     width = -(-parameter.numel() // group.size)
-    flat = parameter.data.reshape(-1)
-    if flat.data_ptr() != parameter.data.data_ptr() or group.size > 1:
-        flat = flat.contiguous()
+    flat = parameter.data.reshape(-1).contiguous()
     broadcast(flat, group, source)
     own = torch.zeros(width, dtype=flat.dtype, device=home or flat.device)
     part = flat[group.rank * width : (group.rank + 1) * width]

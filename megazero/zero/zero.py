@@ -217,6 +217,7 @@ class Zero:
             self._finished_early = True
 
     def _done_with(self, bucket: Bucket) -> None:
+        """Stage 3: its whole parameters are needed no more."""
         if self.gatherer is not None and bucket.parameters_sharded:
             self.gatherer.let_go(self.gatherer.of[bucket.placed[0].parameter])
 
@@ -233,9 +234,7 @@ class Zero:
     def publish_bucket(self, index: int, master: Tensor | None = None) -> None:
         """The same for one bucket. `master`: its updated master, when it is not where `bucket.master` finds it."""
         bucket = self.buckets[index]
-        if bucket.parameters_sharded:
-            assert self.gatherer is not None
-            self.gatherer.let_go(self.gatherer.of[bucket.placed[0].parameter])
+        self._done_with(bucket)
         bucket.cast_master(master)
         if self.lifetimes.optimizer_sharded and self.group.size > 1 and not bucket.parameters_sharded:
             assert bucket.values is not None
