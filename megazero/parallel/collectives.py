@@ -9,6 +9,8 @@ has one set of bits whichever rank later reads it. What a step sends is counted 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,18 +26,30 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 
 
 class Pending:
-    """Communication under way. `wait` ends it, once; until then its buffers are not to be touched."""
+    """Communication under way. `wait` ends it, once; until then its buffers are not to be touched.
+
+    One that is dropped ends too (an engine goes while its parameters are still on their way): on gloo a message whose
+    receiver is gone stays in the connection, and nothing that is sent after it arrives.
+    """
 
     def __init__(self, works: list[dist.Work], finish: Callable[[], None] | None = None) -> None:
         self._works = works
         self._finish = finish
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-        if self._finish is not None:
-            self._finish()
+        works, finish = self._works, self._finish
         self._works, self._finish = [], None
+        for work in works:
+            work.wait()
+        if finish is not None:
+            finish()
+
+    def __del__(self) -> None:
+        failing = sys.is_finalizing() or sys.exc_info()[0] is not None  # the other side may never come
+        if not self._works or failing or not dist.is_initialized():
+            return
+        with contextlib.suppress(RuntimeError):  # the group or its other side is gone, and the connection with it
+            self.wait()
 
 
 def all_reduce(tensor: Tensor, group: AxisGroup, op: Reduction = "sum") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from megazero.parallel.collectives import (
     all_reduce,
     all_to_all,
     barrier,
+    broadcast,
     gather_objects,
     pass_on,
     reduce_scatter_slices,
@@ -182,3 +184,19 @@ def test_a_group_of_one_returns_its_input() -> None:
     barrier(group)
     assert gather_objects(x, group)[0] is x
     assert torch.equal(x, before)
+
+
+def dropped_before_it_arrived() -> None:
+    group = Topology.build(dp=2).group("dp")
+    mine = torch.full((1_000_000,), float(group.rank))
+    if group.rank == 0:
+        time.sleep(1.0)  # this rank has not sent yet when the other one forgets that it waits
+    sent = all_gather_slices(mine, group)
+    if group.rank == 0:
+        sent.wait()
+    del sent
+    assert broadcast(torch.full((1_000_000,), 1.0 + group.rank), group, 0)[0] == 1.0
+
+
+def test_what_nobody_waits_for_does_not_block_what_comes_after(ranks: Any) -> None:
+    ranks.run(dropped_before_it_arrived, 2, timeout=30)
