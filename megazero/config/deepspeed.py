@@ -18,7 +18,7 @@ from megazero.config.deepspeed_report import KeyReport
 from megazero.config.deepspeed_source import Source, read_tree
 from megazero.config.deepspeed_translate import Options, translate
 from megazero.config.facts import ModelFacts
-from megazero.config.layers import Layer
+from megazero.config.layers import Layer, Setting, with_settings
 from megazero.config.schema import RunConfig
 
 __all__ = [
@@ -31,6 +31,9 @@ __all__ = [
     "read_deepspeed",
     "resolve_deepspeed",
 ]
+
+READ_AFTER_STEP = Setting(False, "derived: a script may read or change any parameter after step()")
+"""DeepSpeed's step() ends with the parameters in place."""
 
 
 @dataclass(frozen=True)
@@ -113,4 +116,5 @@ def resolve_deepspeed(
     steps = settled.config.training.gradient_accumulation_steps
     assert steps is not None
     report = replace(ds.report.with_translated([*settled.lines, *lines]), assumed=tuple(settled.assumed))
-    return ResolvedDeepSpeed(settled.config, optimizer, scheduler, steps, ds.options, report)
+    config = with_settings(settled.config, {"parallel.overlap_param_gather": READ_AFTER_STEP})
+    return ResolvedDeepSpeed(config, optimizer, scheduler, steps, ds.options, report)

@@ -86,7 +86,7 @@ _THREADS = "reads and writes go through a pool of threads"
 _ZERO: dict[str, Entry] = {
     "stage": _to("parallel.zero_stage"),
     "reduce_bucket_size": _to("parallel.ddp_bucket_size"),
-    "overlap_comm": _to("parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
+    "overlap_comm": _to("parallel.overlap_grad_reduce"),
     "stage3_prefetch_bucket_size": _to("parallel.stage3_prefetch_bucket_size"),
     "stage3_param_persistence_threshold": _to("parallel.stage3_param_persistence_threshold"),
     "stage3_max_live_parameters": _to("parallel.stage3_max_live_parameters"),

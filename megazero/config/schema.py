@@ -115,7 +115,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = True
     """Start reducing a bucket's gradients while backward still computes others."""
     overlap_param_gather: bool = True
-    """Gather updated parameters while the next forward already runs (ZeRO 1 and 2), and the next unit's ahead of use (ZeRO 3)."""
+    """Gather updated parameters while the next forward already runs (ZeRO 1 and 2); a script that keeps a list of parameters and reads them after a step needs it off. Off under a ds_config.json."""
     grad_reduce_in_bf16: bool = False
     """Send gradients as bf16 (half the bytes); sums stay fp32 where the backend lets us."""
     distributed_backend: Literal["nccl", "gloo"] | None = None

@@ -318,11 +318,17 @@ def _roots(model: nn.Module) -> list[nn.Module]:
 
 
 class OnAccess(dict[str, nn.Parameter | None]):
-    """A module's `_parameters`, which tells of each that is read through an attribute."""
+    """A module's `_parameters`, which tells of each that is read through an attribute, and of each that is listed
+    (`parameters()`, `state_dict()`)."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter | None], before: Callable[[nn.Parameter], None]) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter | None],
+        before: Callable[[nn.Parameter], None],
+        listed: Callable[[nn.Parameter], None],
+    ) -> None:
         super().__init__(parameters)
-        self._before = before
+        self._before, self._listed = before, listed
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
         parameter = super().__getitem__(name)
@@ -330,8 +336,14 @@ class OnAccess(dict[str, nn.Parameter | None]):
             self._before(parameter)
         return parameter
 
+    def items(self) -> Any:
+        for parameter in super().values():
+            if parameter is not None:
+                self._listed(parameter)
+        return super().items()
+
     def __reduce__(self) -> Any:  # a copied or pickled module is an ordinary one
-        return dict, (dict(self.items()),)
+        return dict, (dict(super().items()),)
 
 
 def in_backward() -> bool:

@@ -116,7 +116,7 @@ class Zero:
             self._wait_before_use(self.model, units)
         if overlaps or self.gatherer is not None:
             for module in self.model.modules():
-                module._parameters = OnAccess(module._parameters, self._before_read)
+                module._parameters = OnAccess(module._parameters, self._before_read, self._wait_for)
 
     def _lay_out(
         self,
@@ -267,10 +267,13 @@ class Zero:
 
     def _before_read(self, parameter: nn.Parameter) -> None:
         """A module's parameter is read, perhaps by code that never calls the module."""
-        if self._gathers and (found := self.reduction.home.get(parameter)) is not None:
-            self.wait_parameters([found[0]])
+        self._wait_for(parameter)
         if self.gatherer is not None:
             self.gatherer.on_access(parameter)
+
+    def _wait_for(self, parameter: nn.Parameter) -> None:
+        if self._gathers and (found := self.reduction.home.get(parameter)) is not None:
+            self.wait_parameters([found[0]])
 
     # what the optimizer, the clip and the checkpoint see
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from megazero.base.errors import ConfigError
 from megazero.engine.engine import Engine
+from megazero.parallel.collectives import Pending
 from megazero.parallel.topology import Topology
+from megazero.zero import zero as zero_module
 from tests.engine.fronts import (
     LR,
     SAMPLES,
@@ -328,3 +330,32 @@ def test_compile_and_destroy() -> None:
     with pytest.raises(ConfigError, match="without an optimizer"):
         engine.step()
     assert engine(torch.ones(1, WIDTH)).shape == (1, WIDTH)
+
+
+def check_between_steps(stage: int) -> None:
+    """An average over steps from a list made once, and a bound kept by hand, as plain torch has them."""
+    real = zero_module.all_gather_slices
+    reference, engine = make(), engine_of(config=config_of(stage))
+    optimizer = torch.optim.AdamW(reference.parameters(), LR)
+    lists = [list(model.parameters()) for model in (reference, engine.module)]
+    averages = [[p.detach().clone() for p in kept] for kept in lists]
+    with pytest.MonkeyPatch.context() as patch:  # gathers that complete only when waited for
+        patch.setattr(zero_module, "all_gather_slices", lambda *given: Pending([], lambda: real(*given).wait()))
+        for step in range(4):
+            optimizer.zero_grad()
+            reference(*batch_of(step)).backward()
+            optimizer.step()
+            train(engine, 1, first=step)
+            with torch.no_grad():
+                for kept, average in zip(lists, averages, strict=True):
+                    for parameter, mean in zip(kept, average, strict=True):
+                        parameter.clamp_(-0.25, 0.25)
+                        mean.lerp_(parameter, 0.3)
+    for mine, theirs in zip(averages[1], averages[0], strict=True):
+        assert (mine - theirs).abs().max() < 2e-6
+    assert_like(engine, reference)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_parameters_can_be_read_and_changed_after_a_step(ranks: Any, stage: int) -> None:
+    ranks.run(check_between_steps, 2, stage)

@@ -247,6 +247,10 @@ def check_waits() -> None:
             zero.wait_parameters()
             assert torch.equal(loss_of(model, 0, 0, side=False), got)
             descend(zero)
+            listed = [parameter.detach().clone() for parameter in model.parameters()]
+            zero.wait_parameters()
+            assert all(torch.equal(then, now) for then, now in zip(listed, model.parameters(), strict=True))
+            descend(zero)
             backward_all(model, zero, side=lambda micro: False)
             assert not zero._gathers  # unused ones too, before the optimizer changes what is being sent
     assert zero_module.all_gather_slices is real
