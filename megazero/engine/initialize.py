@@ -99,6 +99,7 @@ def initialize(
     settings = _settle(source, topology, model, device, own_scheduler=lr_scheduler is not None)
     if settings.report:
         log.main(settings.report)
+    _apply_pipeline_options(model, settings.options, log)
     model = _prepared(model, topology, mpu, device, settings.config)
     named = settings.optimizer if isinstance(settings.optimizer, Named) else None
     made: Any = make_client_optimizer(model, optimizer, model_parameters, named, log.main)
@@ -111,7 +112,6 @@ def initialize(
     if training_data is not None:
         engine.feed.set_loader(_loader(training_data, engine, settings, collate_fn))
     engine.monitors = Monitors(settings.options.monitors, log)
-    _apply_pipeline_options(model, settings.options, log)
     engine.reporter.begin(settings.options.steps_per_print or 0, engine.train_batch_size())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
@@ -210,15 +210,15 @@ def _hidden_size(config: Any) -> int | None:
 
 
 def _apply_pipeline_options(model: nn.Module, options: Options, log: Log) -> None:
-    """What the section `pipeline` says to a PipelineModule, which is built already."""
+    """What the section `pipeline` says to a PipelineModule, which is built already. Collective."""
     if not isinstance(model, PipelineModule):
         return
     if options.activation_checkpoint_interval is not None:
         model.set_activation_checkpoint_interval(options.activation_checkpoint_interval)
-    if options.seed_layers and not model.seed_layers:
+    if options.seed_layers and not model.seed_layers and not model.reseed():
         log.main(
-            "pipeline.seed_layers comes too late: the layers are built when the PipelineModule is made. Pass "
-            "seed_layers=True there."
+            "pipeline.seed_layers comes too late: the PipelineModule's values are no longer those that it was built "
+            "with, and are kept. Pass seed_layers=True there."
         )
 
 

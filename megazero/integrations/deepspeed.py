@@ -44,10 +44,14 @@ def _absent(remedy: str, names: str) -> dict[str, str]:
 
 
 _PIPE = _names("megazero", "PipelineModule LayerSpec TiedLayerSpec")
-_TOPOLOGY = _names("megazero", "PipeDataParallelTopology PipeModelDataParallelTopology") | _absent(
-    "Describe the layout with megazero.Topology.build(pp=…, dp=…, tp=…), and ask it for .coord and .group(axis).",
-    "ProcessTopology PipelineParallelGrid",
-)
+_TOPOLOGY = {
+    **_names("megazero", "PipeDataParallelTopology PipeModelDataParallelTopology"),
+    **_names(OURS + "topology", "ProcessTopology"),
+    **_absent(
+        "Describe the layout with megazero.Topology.build(pp=…, dp=…, tp=…), and ask it for .coord and .group(axis).",
+        "PipelineParallelGrid",
+    ),
+}
 _ENGINE = _names("megazero.engine.engine", "DeepSpeedEngine=Engine PipelineEngine=Engine")
 _ZERO = {
     **_names("megazero.zero.context", "GatheredParameters register_external_parameter"),
@@ -72,14 +76,13 @@ _COMM = _names(OURS + "comm", "init_distributed get_rank get_world_size get_loca
     "*": "torch.distributed"
 }
 _PLAN = "Ask `megazero plan ds_config.json --model …`, which prints the bytes of each stage and offload choice."
-_ASK_ENGINE = "Ask the engine: engine.topology.group('zero'), .group('tp'), .group('ep') have ranks, rank and handle."
 _SPREAD_SEQUENCES = "Spread sequences with context parallelism: --context-parallel-size, or Topology.build(cp=…)."
 
 TABLE: dict[str, dict[str, str]] = {
     "deepspeed": {
         **_names("megazero", "init_inference tp_model_init"),
         **_names("megazero.config.arguments", "add_config_arguments"),
-        **_names(OURS + "names", "initialize"),
+        **_names(OURS + "names", "initialize OnDevice"),
         **_names(OURS + "comm", "init_distributed"),
         **_ENGINE,
         **_PIPE,
@@ -93,7 +96,6 @@ TABLE: dict[str, dict[str, str]] = {
             "Write the layer in torch: scaled_dot_product_attention runs the fused kernels of this device.",
             "DeepSpeedTransformerLayer DeepSpeedTransformerConfig",
         ),
-        **_absent("Build the model under megazero.zero.Init.", "OnDevice"),
     },
     "deepspeed.accelerator": _ACCELERATOR,
     "deepspeed.checkpoint": {},
@@ -138,12 +140,20 @@ TABLE: dict[str, dict[str, str]] = {
         **_names("torch", "_orig_torch_arange=arange _orig_torch_empty=empty"),
         **_names("torch", "_orig_torch_zeros=zeros _orig_torch_ones=ones _orig_torch_full=full"),
     },
-    "deepspeed.runtime.zero.stage3": _absent(
-        _PLAN, "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold"
-    ),
-    "deepspeed.runtime.zero.stage_1_and_2": _absent(
-        _PLAN, "estimate_zero2_model_states_mem_needs_all_live estimate_zero2_model_states_mem_needs_all_cold"
-    ),
+    "deepspeed.runtime.zero.stage3": {
+        **_names(
+            OURS + "memory",
+            "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold",
+        ),
+        **_absent(_PLAN, "estimate_zero3_model_states_mem_needs"),
+    },
+    "deepspeed.runtime.zero.stage_1_and_2": {
+        **_names(
+            OURS + "memory",
+            "estimate_zero2_model_states_mem_needs_all_live estimate_zero2_model_states_mem_needs_all_cold",
+        ),
+        **_absent(_PLAN, "estimate_zero2_model_states_mem_needs"),
+    },
     "deepspeed.utils": {
         **_names(
             "megazero.zero.access",
@@ -154,13 +164,23 @@ TABLE: dict[str, dict[str, str]] = {
         **_names("torch.distributed", "is_initialized"),
         **_LOGGING,
     },
-    "deepspeed.utils.groups": _absent(
-        _ASK_ENGINE,
-        "initialize _get_data_parallel_group _get_data_parallel_rank _get_data_parallel_world_size "
+    "deepspeed.utils.groups": _names(
+        OURS + "groups",
+        "_get_data_parallel_group _get_data_parallel_group_ranks _get_data_parallel_rank _get_data_parallel_world_size "
         "get_data_parallel_group get_data_parallel_rank get_data_parallel_world_size _get_model_parallel_world_size "
         "get_model_parallel_group get_model_parallel_rank get_model_parallel_world_size "
-        "_get_expert_parallel_group _get_expert_data_parallel_group _get_sequence_parallel_group "
-        "_get_sequence_parallel_rank _get_sequence_parallel_world_size",
+        "get_tensor_model_parallel_group get_tensor_model_parallel_rank get_tensor_model_parallel_world_size "
+        "get_tensor_model_parallel_src_rank "
+        "_get_sequence_parallel_group _get_sequence_parallel_rank _get_sequence_parallel_world_size "
+        "_get_sequence_data_parallel_group _get_sequence_data_parallel_rank _get_sequence_data_parallel_world_size "
+        "_get_expert_parallel_group _get_expert_parallel_group_ranks _get_expert_parallel_rank "
+        "_get_expert_parallel_world_size _get_expert_parallel_src_rank _get_expert_parallel_group_dict "
+        "_get_expert_data_parallel_group _get_expert_data_parallel_group_ranks _get_expert_data_parallel_rank "
+        "_get_expert_data_parallel_world_size _get_expert_data_parallel_group_dict _get_broadcast_src_rank "
+        "_get_expert_broadcast_src_rank _get_max_expert_size _get_max_expert_size_name _get_max_expert_parallel_group",
+    )
+    | _absent(
+        "Experts are laid out by MoE(…, ep_size=…) and the engine; there is nothing to call first.", "initialize"
     ),
     "deepspeed.utils.logging": _LOGGING,
     "deepspeed.zero": _ZERO,

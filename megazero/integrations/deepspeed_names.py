@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import megazero
 from megazero.base.device import device_type, memory_bytes
+from megazero.base.errors import ConfigError
 from megazero.engine.units import units_of
-from megazero.integrations import deepspeed_checkpointing
+from megazero.integrations import deepspeed_checkpointing, deepspeed_groups
 from megazero.integrations.deepspeed_comm import get_rank, init_distributed
 from megazero.zero import context
 
@@ -48,9 +49,11 @@ def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logg
 def initialize(args: Any = None, **given: Any) -> Any:
     """`megazero.initialize`, in a process group even if that has one member, as transformers and accelerate expect of
     DeepSpeed; from then on `checkpointing.checkpoint` does as the section activation_checkpointing of
-    the configuration says, unless the script has configured it itself."""
+    the configuration says, unless the script has configured it itself, and `deepspeed.utils.groups` answers for
+    this engine."""
     init_distributed(dist_init_required=given.get("dist_init_required"))
     result = megazero.initialize(args, **given)
+    deepspeed_groups.remember(result[0])
     config = next((each for each in (given.get("config"), given.get("config_params")) if each is not None), None)
     config = getattr(args, "deepspeed_config", None) if config is None else config
     if config is not None and not deepspeed_checkpointing.is_configured():
@@ -59,6 +62,34 @@ def initialize(args: Any = None, **given: Any) -> Any:
             deepspeed_checkpointing.section_of(config), result[0].topology if mpu is None else mpu
         )
     return result
+
+
+class OnDevice:
+    """Inside the block tensors are made on this device (`meta`: without memory) and, where nothing says which type
+    they have, in this floating-point type.
+
+    Raises ConfigError for a type that is none.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "meta", enabled: bool = True) -> None:
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(
+                f"OnDevice(dtype={dtype!r}): weights are made in a floating-point type. Give torch.bfloat16, "
+                "torch.float16 or torch.float32."
+            )
+        self.dtype, self.device, self.enabled = dtype, torch.device(device), enabled
+
+    def __enter__(self) -> OnDevice:
+        if self.enabled:
+            self._before = torch.get_default_dtype()
+            torch.set_default_dtype(self.dtype)
+            self.device.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.enabled:
+            self.device.__exit__(*error)
+            torch.set_default_dtype(self._before)
 
 
 class Init(context.Init):

@@ -11,7 +11,7 @@ depend on the cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -78,6 +78,7 @@ class PipelineModule(nn.Module):
         """The layers of each stage."""
         self.places = [place_of(stage, pp, schedule).rank for stage in range(stages)]
         """The pp rank of each stage."""
+        self._base_seed = base_seed
         self._seeds = _seeds(len(self._layers), base_seed if seed_layers else None, self.topology)
         self._dtype, self._shapes = torch.float32, dict[Any, list[tuple[Tensor, ...]]]()
 
@@ -103,6 +104,20 @@ class PipelineModule(nn.Module):
         for stage in self._stages:
             assert isinstance(stage.module, _Run)
             stage.module.interval = interval
+
+    @torch.no_grad()
+    def reseed(self) -> bool:
+        """Give the layers the values of seed_layers=True now, in place. False, with nothing changed, when some rank's
+        are no longer as they were built: loaded, say. Collective."""
+        as_built = all(_alike(layer, again) for layer, again in self._rebuilt())
+        if not all(gather_objects(as_built, self.topology.group("world"))):
+            return False
+        self._seeds, self.seed_layers = _seeds(len(self._layers), self._base_seed, self.topology), True
+        for layer, again in self._rebuilt():
+            values = _tensors(again)
+            for name, tensor in _tensors(layer).items():
+                tensor.copy_(values[name])
+        return True
 
     def extra_repr(self) -> str:
         return "\n".join(
@@ -225,6 +240,21 @@ class PipelineModule(nn.Module):
             module = layer.build()
         return TiedLayer(layer, module) if isinstance(layer, TiedLayerSpec) else module
 
+    def _rebuilt(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Each of this rank's layers from LayerSpecs, and the same built once more."""
+        firsts: dict[str, int] = {}
+        for index, spec in enumerate(self._layers):
+            if isinstance(spec, TiedLayerSpec):
+                firsts.setdefault(spec.key, index)
+            if isinstance(spec, LayerSpec) and str(index) in self.layers:
+                again = self._build(index)
+                assert isinstance(again, nn.Module)
+                if isinstance(again, TiedLayer):
+                    first = self._build(firsts[again.spec.key])
+                    assert isinstance(first, TiedLayer)
+                    again.share(first.spec.weights(first.module))
+                yield self.layers[str(index)], again
+
     def rank_of(self, index: int) -> int:
         """The pp rank of a layer."""
         return next(place for place, part in zip(self.places, self.cut, strict=True) if index in part)
@@ -280,6 +310,11 @@ def _seeds(layers: int, base: int | None, topology: Topology) -> list[int]:
 
 
 def _topology(num_stages: int | None, topology: Topology | None) -> Topology:
+    if topology is not None and not isinstance(topology, Topology):
+        raise ConfigError(
+            f"PipelineModule(topology={topology!r}): takes a megazero.Topology, which has process groups. Make one "
+            "with PipeDataParallelTopology(num_pp, num_dp) or Topology.build(pp=…)."
+        )
     if topology is None and num_stages is None:
         raise ConfigError("PipelineModule needs num_stages or a topology. Give num_stages=1 for a model in one piece.")
     if topology is None:
@@ -314,6 +349,19 @@ def _virtual_stages(schedule: str, given: int | None, pp: int) -> int:
     if not fits:
         raise ConfigError(f"virtual_stages={given} with schedule {schedule!r}: it takes {rule}. Change one of them.")
     return number
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _alike(module: nn.Module, other: nn.Module) -> bool:
+    """Whether they hold the same, up to type and device."""
+    mine, others = _tensors(module), _tensors(other)
+    return mine.keys() == others.keys() and all(
+        tensor.shape == others[name].shape and torch.equal(tensor, others[name].to(tensor))
+        for name, tensor in mine.items()
+    )
 
 
 def _named(batch: Mapping[str, Tensor], kind: str) -> list[Tensor]:

@@ -101,6 +101,24 @@ class Topology:
                 return group
         raise KeyError(f"no axis {axis!r}; there are {', '.join(g.axis for g in self.groups)}")
 
+    def process_group(self, axis: str) -> dist.ProcessGroup:
+        """The group as torch.distributed takes it, a real one also where it has one member.
+
+        Raises RuntimeError while there is no default process group.
+        """
+        group, whole = self.group(axis), dist.group.WORLD
+        if group.handle is not None:
+            return group.handle
+        if whole is None:
+            raise RuntimeError(
+                f"the process group of axis {axis}: this process has none. Call init_distributed() first."
+            )
+        if whole.size() == 1:
+            return whole
+        if group.ranks not in self._subgroups:
+            self._subgroups[group.ranks] = dist.new_group(list(group.ranks), use_local_synchronization=True)
+        return self._subgroups[group.ranks]
+
     def subgroup(self, axis: str, size: int) -> AxisGroup:
         """This rank's block of `size` neighbours along an axis (kv heads shared by some tp ranks, say).
 

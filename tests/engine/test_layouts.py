@@ -12,7 +12,7 @@ from torch import nn
 
 from megazero.base.errors import ConfigError
 from megazero.engine.mpu import topology_of
-from megazero.parallel.layer_spec import LayerSpec
+from megazero.parallel.layer_spec import LayerSpec, TiedLayerSpec
 from megazero.parallel.pipeline_module import PipelineModule
 from megazero.parallel.topology import Topology
 from tests.engine.fronts import assert_like, batch_of, config_of, engine_of, plain, train
@@ -67,20 +67,57 @@ def test_pipelines_equal_one_process(ranks: Any, stage: int) -> None:
             torch.testing.assert_close(weight, state[name], rtol=0, atol=2e-5)
 
 
-def check_options() -> None:
+def test_options_of_the_configuration() -> None:
     config = config_of(gas=GAS, pipeline={"activation_checkpoint_interval": 2, "seed_layers": True})
     engine = engine_of(pipeline(1), config)
     loss = engine.train_batch(iter([(torch.ones(8, WIDTH), torch.ones(8))] * GAS))
     plain_engine = engine_of(pipeline(1), config_of(gas=GAS))
     assert torch.equal(loss, plain_engine.train_batch(iter([(torch.ones(8, WIDTH), torch.ones(8))] * GAS)))
     assert [stage.module.interval for stage in engine.module._stages] == [2]
-    late = PipelineModule([nn.Linear(WIDTH, 1)], num_stages=1, loss_fn=F.mse_loss)
-    engine_of(late, config)
 
 
-def test_options_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    check_options()
+def tied_layers() -> list[Any]:
+    tied = [TiedLayerSpec("mix", Layer, WIDTH, WIDTH), TiedLayerSpec("mix", Layer, WIDTH, WIDTH)]
+    return [tied[0], LayerSpec(Layer, WIDTH, WIDTH), tied[1], LayerSpec(nn.Linear, WIDTH, 1)]
+
+
+def check_seed_layers(stages: int) -> None:
+    """What the configuration asks for is what the constructor does, also for weights that stages share."""
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    config = config_of(pipeline={"seed_layers": True})
+    asked = PipelineModule(tied_layers(), stages, loss_fn=F.mse_loss, seed_layers=True, base_seed=5)
+    later = PipelineModule(tied_layers(), stages, loss_fn=F.mse_loss, base_seed=5).to(torch.float64)
+    held = dict(later.named_parameters())
+    assert not any(torch.equal(held[name].float(), weight) for name, weight in asked.named_parameters())
+    engine_of(later, config)
+    for name, weight in asked.named_parameters():
+        assert held[name] is dict(later.named_parameters())[name]
+        assert torch.equal(held[name].float(), weight)
+
+
+def test_layers_are_seeded_by_the_configuration(ranks: Any) -> None:
+    check_seed_layers(1)
+    ranks.run(check_seed_layers, 2, 2)
+
+
+def check_changed_values() -> bool:
+    """Values that one rank has loaded stay, on all ranks."""
+    later = PipelineModule(tied_layers(), dist.get_world_size(), loss_fn=F.mse_loss)
+    if dist.get_rank() == 1:
+        later.layers["3"].bias.data.fill_(7.0)
+    before = {name: weight.clone() for name, weight in later.named_parameters()}
+    engine_of(later, config_of(pipeline={"seed_layers": True}))
+    return all(torch.equal(weight, before[name]) for name, weight in later.named_parameters())
+
+
+def test_layers_whose_values_were_changed_are_not_seeded(ranks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ranks.run(check_changed_values, 2) == [True, True]
+    capsys.readouterr()
+    late = PipelineModule([LayerSpec(nn.Linear, WIDTH, 1)], num_stages=1, loss_fn=F.mse_loss)
+    late.layers["0"].weight.data.zero_()
+    engine_of(late, config_of(pipeline={"seed_layers": True}))
     assert capsys.readouterr().out.count("pipeline.seed_layers comes too late") == 1
+    assert not late.layers["0"].weight.any()
 
 
 def test_pipeline_in_fp16(ranks: Any) -> None:

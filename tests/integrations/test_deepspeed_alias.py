@@ -67,14 +67,14 @@ assert deepspeed.moe.layer.MoE is MoE and deepspeed.checkpointing.checkpoint is 
 assert deepspeed.runtime.zero.partition_parameters is pp
 assert dist.get_rank() == 0 and dist.get_world_size() == 1 and dist.ReduceOp.SUM and not dist.is_initialized()
 dist.barrier()
-assert "LayerSpec" in dir(deepspeed.pipe) and "ProcessTopology" not in dir(deepspeed.pipe)
+assert "LayerSpec" in dir(deepspeed.pipe) and "PipelineParallelGrid" not in dir(deepspeed.pipe)
 """
         exec(code, {})
 
     def test_star(self) -> None:
         found: dict[str, object] = {}
         exec("from deepspeed.pipe import *", found)
-        assert {"PipelineModule", "PipeDataParallelTopology"} <= found.keys() and "ProcessTopology" not in found
+        assert {"PipelineModule", "ProcessTopology"} <= found.keys() and "PipelineParallelGrid" not in found
 
     @pytest.mark.parametrize(
         ("code", "said"),
@@ -85,12 +85,13 @@ assert "LayerSpec" in dir(deepspeed.pipe) and "ProcessTopology" not in dir(deeps
             ("import deepspeed.utilz", "no deepspeed.utilz. Did you mean deepspeed.utils?"),
             ("import deepspeed.ops.adam.FusedAdam", "deepspeed.ops.adam.FusedAdam is no module. Import it from"),
             ("import deepspeed.compression.helper", "megazero knows no deepspeed.compression. See TABLE in megazero"),
-            ("from deepspeed.pipe import ProcessTopology", r"Describe the layout with megazero.Topology.build\("),
-            ("from deepspeed.utils import groups; groups.get_data_parallel_group()", "Ask the engine: engine.topology"),
+            ("from deepspeed.pipe import PipelineParallelGrid", r"Describe the layout with megazero.Topology.build\("),
+            ("from deepspeed.utils import groups; groups.get_data_parallel_group()", "Ask while there is an engine"),
+            ("from deepspeed.utils.groups import initialize", r"laid out by MoE\(…, ep_size=…\)"),
         ],
     )
     def test_what_is_said_of_others(self, code: str, said: str) -> None:
-        with pytest.raises((AttributeError, ImportError), match=said.replace("?", r"\?")):
+        with pytest.raises((AttributeError, ImportError, ConfigError), match=said.replace("?", r"\?")):
             exec(code, {})
 
     def test_a_target_that_does_not_exist(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_what_configure_refuses(section: dict[str, Any], said: str) -> None:
 
 
 def test_initialize_applies_the_section_unless_the_script_has_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = types.SimpleNamespace(topology=Topology.single())
+    engine = type("Engine", (), {"topology": Topology.single()})()
     monkeypatch.setattr("megazero.initialize", lambda args=None, **given: (engine, None, None, None), raising=False)
     config = {"activation_checkpointing": SEED}
     names.initialize(config=config)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megazero.engine.optimizers.closure import loss_of
 from megazero.engine.sharded import (
     SINGLE,
     Shard,
@@ -69,10 +70,7 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters with a gradient, which are whole."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         shards = list(whole_shards(self.param_groups, self.state))
         self._update(shards, ShardMap([spans_of(shards)]), SINGLE)
         return loss

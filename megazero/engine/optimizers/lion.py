@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megazero.engine.optimizers.closure import loss_of
 from megazero.ops.lion import lion_update
 
 
@@ -30,10 +31,7 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters with a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megazero.engine.optimizers.closure import loss_of
 from megazero.engine.optimizers.fused import can_fuse, listed
 from megazero.engine.sharded import (
     SINGLE,
@@ -118,10 +119,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters with a gradient, which are whole."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         shards = list(whole_shards(self.param_groups, self.state))
         matrices = [shard for shard in shards if shard.group["use_muon"]]
         _muon(matrices, ShardMap([spans_of(matrices)]), SINGLE)
