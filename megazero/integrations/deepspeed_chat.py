@@ -60,6 +60,6 @@ def _token(text: str, tokenizer: Any) -> int:
     if found is None:
         raise ConfigError(
             f"args.end_of_conversation_token {text!r} is no token of the tokenizer. Name one that is (its own is "
-            f"{tokenizer.eos_token!r}), or add it: tokenizer.add_special_tokens(…)."
+            f"{tokenizer.eos_token!r}), or add it: tokenizer.add_special_tokens(…), model.resize_token_embeddings(…)."
         )
     return int(found)

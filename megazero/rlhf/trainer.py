@@ -105,17 +105,14 @@ class RLHFEngine:
                 "Make it megazero.rlhf.RewardModel(base_model, tokenizer)."
             )
         pad_of(self.tokenizer)
-        sizes = {name: getattr(self, name).topology.size("dp") for name in ("actor", "critic", "ref", "reward")}
-        if len(set(sizes.values())) > 1:
-            said = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ConfigError(
-                f"the engines spread a batch over different numbers of ranks ({said}). Give all four the same "
-                "tensor_parallel.tp_size."
-            )
-        if any(getattr(self, name).topology.size("pp") > 1 for name in sizes):
-            raise ConfigError(
-                "PPO with a pipeline of several stages is not available. Use ZeRO stage 3 to save memory."
-            )
+        for name in ("actor", "critic", "ref", "reward"):
+            topology = getattr(self, name).topology
+            for axis in ("tp", "cp", "pp"):
+                if topology.size(axis) > 1:
+                    raise ConfigError(
+                        f"the {name} is spread over {topology.size(axis)} ranks along {axis}, and PPO gives every rank "
+                        "prompts of its own. Spread its weights with ZeRO stage 3 instead."
+                    )
 
 
 class PPOTrainer:

@@ -75,7 +75,7 @@ def test_span_loss_and_its_gradient(begin: int) -> None:
 
 def test_span_loss_of_texts_padded_on_the_left() -> None:
     ids = torch.tensor([[0, 5, 6]])
-    with pytest.raises(ValueError, match="pair 0 differs first at token 2, after its padding begins at 0. Pad texts"):
+    with pytest.raises(ValueError, match=r"pair 0 differs first at token 2, after its padding begins at 0. Pad texts"):
         span_loss(draw(1, 3), draw(1, 3), ids, torch.tensor([[0, 5, 7]]), 0)
 
 

@@ -121,15 +121,15 @@ def test_checkpointing_recomputes_the_blocks() -> None:
 def test_what_it_refuses() -> None:
     ids = torch.tensor([TEXT, [0, 0, 0, 0]])
     model = RewardModel(Backbone(), tokenizer())
-    with pytest.raises(ValueError, match="row 1 holds nothing but the pad token 0. Leave rows without text out"):
+    with pytest.raises(ValueError, match=r"row 1 holds nothing but the pad token 0. Leave rows without text out"):
         model(ids)
-    with pytest.raises(ValueError, match="row 0 of the attention mask is 0 throughout. Leave"):
+    with pytest.raises(ValueError, match=r"row 0 of the attention mask is 0 throughout. Leave"):
         model(ids, torch.tensor([[0] * 4, [1] * 4]))
     with pytest.raises(ValueError, match=r"attention_mask of shape \(1, 4\) for ids of shape \(2, 4\). Give 1 or 0"):
         model(ids, torch.ones(1, 4))
     with pytest.raises(ValueError, match=r"forward_value\(\) makes no use of use_cache. Leave it out"):
         model.forward_value(ids[:1], use_cache=True)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="has no pad token, .* tokenizer.pad_token = tokenizer.eos_token"):
+    with pytest.raises(ConfigError, match=r"has no pad token, .* tokenizer.pad_token = tokenizer.eos_token"):
         RewardModel(Backbone(), types.SimpleNamespace(pad_token_id=None))
     with pytest.raises(ConfigError, match=r"how wide Backbone's hidden states are is unknown: .* hidden_size, .*Give"):
         RewardModel(Backbone(None), tokenizer())

@@ -127,6 +127,19 @@ def test_a_repetition_penalty_of_the_models_own_is_not_drawn_with() -> None:
     assert actor.module.generation_config is own
 
 
+def check_lengths() -> list[int]:
+    actor = engine(language_model().eval(), trained=True, stage=3)
+    stops = tuple(range(VOCAB)) if actor.topology.rank == 0 else ()  # one token here, all of them there
+    found = rolled(actor, stops=stops)
+    assert found.log_probs.shape == found.answer_mask.shape
+    assert (found.log_probs[:, 0] < 0).all() and torch.equal(found.log_probs != 0, found.answer_mask != 0)
+    return list(found.sequences.shape)
+
+
+def test_ranks_that_end_early_go_on_for_the_others(ranks: Any) -> None:
+    assert ranks.run(check_lengths, 2) == [[4, 5 + 1], [4, 5 + 6]]
+
+
 class Mute(nn.Module):
     """Generates without asking anyone."""
 
@@ -139,7 +152,9 @@ class Mute(nn.Module):
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(ConfigError, match=r"module, Linear, has no generate\(\), which draws answers. Take one of Hugg"):
+    with pytest.raises(
+        ConfigError, match=r"module, Linear, has no generate\(\), which draws answers. Take one of Hugg"
+    ):
         rolled(engine(nn.Linear(2, 2), trained=True))
     with pytest.raises(ConfigError, match=r"Mute.generate\(\) calls no logits_processor, .* Let it call each"):
         rolled(engine(Mute(), trained=True))
