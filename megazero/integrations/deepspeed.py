@@ -184,6 +184,13 @@ TABLE: dict[str, dict[str, str]] = {
     ),
     "deepspeed.utils.logging": _LOGGING,
     "deepspeed.zero": _ZERO,
+    "deepspeed_chat": {},
+    "deepspeed_chat.ppo_trainer": _names(OURS + "chat", "DeepSpeedPPOTrainer")
+    | _absent(
+        "Train on the pretraining batches between two calls of train_rlhf(): trainer.actor.backward(loss) and .step().",
+        "DeepSpeedPPOTrainerUnsupervised",
+    ),
+    "deepspeed_chat.reward_model": _names("megazero.rlhf.reward", "RewardModel"),
 }
 """Module -> name -> `module:name` that it stands for, or `!remedy`. `*`: where all other names are looked for."""
 
@@ -314,7 +321,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] != "deepspeed":
+        top = fullname.partition(".")[0]
+        if top not in TABLE or (top != "deepspeed" and _is_elsewhere(top)):
             return None
         if fullname not in TABLE:
             # `from deepspeed.x import y` comes here for a y that Alias refused; an error without `.name` is shown
@@ -334,6 +342,14 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Called by importlib.metadata."""
         if context is None or context.name in (None, "deepspeed"):
             yield Metadata()
+
+
+def _is_elsewhere(package: str) -> bool:
+    """Whether the script has a package of this name itself, which then is the one it means."""
+    known = sys.modules.get(package)
+    if known is not None:
+        return not isinstance(known, Alias)
+    return importlib.machinery.PathFinder.find_spec(package) is not None
 
 
 def _refusal(fullname: str) -> str:

@@ -43,10 +43,16 @@ def dropout(x: Tensor, rate: float, key: int, coordinates: list[Tensor]) -> Tens
     """
     if rate == 0.0:
         return x
-    bits = torch.tensor(key, device=x.device)
-    for coordinate in coordinates:
-        bits = _mix(bits ^ (coordinate.to(x.device) & _MASK))
+    bits = hashed(key, coordinates, x.device)
     return torch.where(bits >= int(rate * 2**32), x / (1.0 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def hashed(key: int, coordinates: list[Tensor], device: torch.device) -> Tensor:
+    """32 random bits for each element that the coordinates name (int64 tensors that broadcast): int64 of that shape."""
+    bits = torch.tensor(key, device=device)
+    for coordinate in coordinates:
+        bits = _mix(bits ^ (coordinate.to(device) & _MASK))
+    return bits
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""docs/launch.md and docs/zero.md: their flags exist, their ds_configs are read, their commands parse."""
+"""docs/launch.md, docs/rlhf.md and docs/zero.md: their flags exist, their ds_configs are read, their commands parse."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megazero.launch import arguments
 from megazero.plan import planner
 from tests.harness import ROOT
 
-PAGES = [ROOT / "docs" / name for name in ("launch.md", "zero.md")]
+PAGES = [ROOT / "docs" / name for name in ("launch.md", "rlhf.md", "zero.md")]
 FOREIGN = {
     "--nodes",
     "--ntasks-per-node",

@@ -36,7 +36,6 @@ A_PART = "part of a configuration: the batch size is added, model and optimizer 
 TINY_LLAMA = Change("meta-llama/Llama-2-7b-hf", "./tiny-llama", "no download: a local tiny model with its tokenizer")
 LAUNCH, ALIAS = "megazero launch", "megazero.integrations.deepspeed"
 UNDER_THE_ALIAS = "the launcher's name; the script runs under the alias"
-LATER_RL = "the RLHF pipeline is not there yet"
 LOOP = """inputs, labels = batch
 inputs = inputs.to(model_engine.local_rank) # Move data to the correct device
 labels = labels.to(model_engine.local_rank)
@@ -158,9 +157,11 @@ ROWS: dict[str, Row] = {
     ),
     "S2 10.2": Row("4 ranks, a Llama of 4 heads; logits against one process"),
     "S2 10.3": Row("1 and 2 ranks, the model of 10.1; greedy tokens against the plain model's"),
-    "S2 11.2": Row("", why=LATER_RL),
-    "S2 11.3": Row("", why=LATER_RL),
-    "S2 11.4": Row("", why=LATER_RL),
+    "S2 11.2": Row(
+        "", why="runs the main.py of DeepSpeed-Chat's first step on a model and a data set to be downloaded"
+    ),
+    "S2 11.3": Row("1 and 2 ranks; a tiny Llama learns to tell 8 pairs apart"),
+    "S2 11.4": Row("2 ranks, stages 0 and 3; the four engines, 4 batches of prompts and the arguments are the test's"),
     "S2 12.1": Row(
         "1 process; Llama of 2 layers",
         (
