@@ -9,7 +9,7 @@ What the script gives wins over the configuration, with one line said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
@@ -24,8 +24,11 @@ OptimizerSource = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 Say = Callable[[str], None]
 
 
-def parameters_of(model: nn.Module, given: Iterable[Any] | None, say: Say) -> list[Any]:
-    """Parameters or groups for an optimizer, of what needs a gradient, each once.
+def parameters_of(
+    model: nn.Module, given: Iterable[Any] | None, say: Say, gone: Set[nn.Parameter] = frozenset()
+) -> list[Any]:
+    """Parameters or groups for an optimizer, of what needs a gradient, each once, without those that are `gone` to
+    other ranks.
 
     A parameter in a plain group and in one marked `moe` belongs to the latter.
     Raises ConfigError for anything else that is listed twice, and for parameters that are not the model's.
@@ -47,6 +50,7 @@ def parameters_of(model: nn.Module, given: Iterable[Any] | None, say: Say) -> li
                     f"model_parameters holds a {type(parameter).__name__}. Give model.parameters(), or groups such as "
                     '{"params": [parameters], "lr": 1e-4}.'
                 )
+        group["params"] = [p for p in group["params"] if p not in gone]
     _without_repeats(groups, names, say)
     _check_owned(groups, names, "model_parameters")
     for group in groups:
@@ -96,9 +100,17 @@ def _check_owned(groups: list[dict[str, Any]], names: dict[Any, str], what: str)
 
 
 def make_client_optimizer(
-    model: nn.Module, given: OptimizerSource, parameters: Iterable[Any] | None, named: Named | None, say: Say
+    model: nn.Module,
+    given: OptimizerSource,
+    parameters: Iterable[Any] | None,
+    named: Named | None,
+    say: Say,
+    gone: Set[nn.Parameter] = frozenset(),
 ) -> torch.optim.Optimizer | None:
     """The optimizer over the module's parameters; None where nothing says which.
+
+    Args:
+        gone: parameters that were the module's and are other ranks' now (experts): they are taken out.
 
     Raises ConfigError for something that is no optimizer, has other parameters, or has none that need a gradient.
     """
@@ -108,10 +120,13 @@ def make_client_optimizer(
         return None
     if isinstance(given, torch.optim.Optimizer):
         made = given
-        if parameters is not None and set(_listed(parameters)) - {p for g in made.param_groups for p in g["params"]}:
+        for group in made.param_groups:
+            group["params"] = [p for p in group["params"] if p not in gone]
+        mine = {p for group in made.param_groups for p in group["params"]}
+        if parameters is not None and set(_listed(parameters)) - mine - gone:
             say("model_parameters has parameters that the given optimizer has not; they are not trained")
     else:
-        over = parameters_of(model, parameters, say)
+        over = parameters_of(model, parameters, say, gone)
         if given is None and parameters is None and named is not None and named.folded == "muon":
             over = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # it asks what they are
         if not over or all(isinstance(group, dict) and not group["params"] for group in over):

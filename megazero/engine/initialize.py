@@ -1,6 +1,7 @@
 """`megazero.initialize()`: a module, and what a script has beside it, to an engine. DeepSpeed's call.
 
-configuration ─► ranks, Topology ─► "auto", batch ─► equal values on all ranks ─► optimizer ─► Engine ─► scheduler
+configuration ─► ranks, Topology ─► "auto", batch ─► each rank its experts ─► equal values on ranks with the same
+parameters ─► optimizer ─► Engine ─► scheduler
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megazero.config.layers import Setting, with_settings
 from megazero.config.schema import OptimizerConfig, RunConfig
 from megazero.engine.distributed import join
 from megazero.engine.engine import Engine
+from megazero.engine.experts import expert_parallel_size, spread_experts
 from megazero.engine.foreign import shard_foreign
 from megazero.engine.given import OptimizerSource, make_client_optimizer, make_client_scheduler
 from megazero.engine.loader import Loader
@@ -93,6 +95,7 @@ def initialize(
         )
     given = _given(args, config, config_params)
     source = given if isinstance(given, RunConfig) else read_deepspeed(given)
+    check_real(model)
     _, device = join()
     log = Log(dist.get_rank() if dist.is_initialized() else 0)
     topology = _topology(model, mpu, source, device)
@@ -100,9 +103,10 @@ def initialize(
     if settings.report:
         log.main(settings.report)
     _apply_pipeline_options(model, settings.options, log)
+    gone = spread_experts(model, topology, device, every_layer=_size(source, "expert_model_parallel_size") > 1)
     model = _prepared(model, topology, mpu, device, settings.config)
     named = settings.optimizer if isinstance(settings.optimizer, Named) else None
-    made: Any = make_client_optimizer(model, optimizer, model_parameters, named, log.main)
+    made: Any = make_client_optimizer(model, optimizer, model_parameters, named, log.main, gone)
     if made is None and isinstance(settings.optimizer, OptimizerConfig):
         made = settings.optimizer
     engine = Engine(model, topology, settings.config, device, units_of(model), optimizer=made)
@@ -118,7 +122,6 @@ def initialize(
 
 def _prepared(model: nn.Module, topology: Topology, mpu: Any, device: torch.device, config: RunConfig) -> nn.Module:
     """The module split over tp if it is to be, with equal values on all ranks of a ZeRO group and buffers in place."""
-    check_real(model)
     if mpu is not None:
         give_specs(model, topology)
     else:
@@ -147,17 +150,25 @@ def _given(args: Any, config: Source | None, config_params: Source | None) -> So
 
 
 def _topology(model: nn.Module, mpu: Any, source: RunConfig | DeepSpeedConfig, device: torch.device) -> Topology:
+    """The axes that the model and the configuration ask for. Raises ConfigError for sizes that do not fit."""
+    tp = 1 if mpu is not None or isinstance(model, PipelineModule) else _size(source, "tensor_model_parallel_size")
+    others = {"an mpu": mpu is not None, "a PipelineModule": isinstance(model, PipelineModule), f"tp_size={tp}": tp > 1}
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    listed = [name for name, there in others.items() if there]
+    ep = expert_parallel_size(model, _size(source, "expert_model_parallel_size"), ranks, listed)
     if isinstance(model, PipelineModule):
         return model.topology
     if mpu is not None:
         return topology_of(mpu)
-    tp = 1
+    return Topology.build(tp=tp, ep=ep, device_type=device.type)
+
+
+def _size(source: RunConfig | DeepSpeedConfig, axis: str) -> int:
+    """What a configuration says of one axis, a field of ParallelConfig; 1: nothing."""
     if isinstance(source, RunConfig):
-        tp = source.parallel.tensor_model_parallel_size
-    else:
-        setting = source.settings.get("parallel.tensor_model_parallel_size")
-        tp = int(setting.value) if setting is not None else 1
-    return Topology.build(tp=tp, device_type=device.type)
+        return int(getattr(source.parallel, axis))
+    setting = source.settings.get(f"parallel.{axis}")
+    return int(setting.value) if setting is not None else 1
 
 
 def _settle(
@@ -173,19 +184,23 @@ def _settle(
     replicas = topology.size("dp")
     if isinstance(source, RunConfig):
         options = Options(steps_per_print=source.logging.log_interval)
-        return Settings(_with_precision(source, device), source.optimizer, None, options, None)
+        return Settings(_as_it_is(source, topology, device), source.optimizer, None, options, None)
     left = replace(source, scheduler=None) if own_scheduler else source
     found = resolve_deepspeed(left, data_parallel_size=replicas, model=facts_of(model))
-    config = _with_precision(found.config, device)
+    config = _as_it_is(found.config, topology, device)
     scheduler = source.scheduler if own_scheduler else found.scheduler
     return Settings(config, found.optimizer, scheduler, found.options, found.report.text())
 
 
-def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
-    if config.training.precision != "auto":
-        return config
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    return with_settings(config, {"training.precision": Setting(precision, f"derived: auto on {device.type}")})
+def _as_it_is(config: RunConfig, topology: Topology, device: torch.device) -> RunConfig:
+    """With what "auto" precision means on the device, and the expert parallelism that the model's layers ask for."""
+    found = {}
+    if config.training.precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+        found["training.precision"] = Setting(precision, f"derived: auto on {device.type}")
+    if config.parallel.expert_model_parallel_size != topology.ep:
+        found["parallel.expert_model_parallel_size"] = Setting(topology.ep, "derived: ep_size of the model's layers")
+    return with_settings(config, found) if found else config
 
 
 def facts_of(model: nn.Module) -> ModelFacts:

@@ -22,8 +22,8 @@ class _Report:
     """What one rank saw."""
 
     loss: float
-    group: tuple[int, ...]
-    """The ranks with the same parameters."""
+    groups: list[tuple[int, ...]]
+    """The ranks with the same parameters, for each bucket."""
     own: list[tuple[int, str | None]]
     """Buckets whose gradients were bad on this rank alone, with the first bad parameter if it can still be told."""
     summed: dict[int, str]
@@ -37,7 +37,8 @@ def describe(zero: Zero, loss: float, local_loss: float) -> str:
     for rank, report in enumerate(reports):
         if report.own:
             bucket, parameter = report.own[0]
-            of_sum = [r.summed[bucket] for r in reports if r.group == report.group and bucket in r.summed]
+            same = [r for r in reports if bucket in r.summed and r.groups[bucket] == report.groups[bucket]]
+            of_sum = [r.summed[bucket] for r in same]
             lines.append(f"rank {rank}: gradient of {parameter or next(iter(of_sum), 'an unknown parameter')}")
         elif not math.isfinite(report.loss):
             lines.append(f"rank {rank}: loss {report.loss}")
@@ -53,7 +54,7 @@ def _report(zero: Zero, local_loss: float) -> _Report:
             own.append((index, None if bucket.grads is None else _first_bad(bucket, bucket.grads, 0)))
         if bucket.grads is None and (name := _first_bad(bucket, bucket.reduced, bucket.owned[0])) is not None:
             summed[index] = name
-    return _Report(local_loss, zero.group.ranks, own, summed)
+    return _Report(local_loss, [bucket.group.ranks for bucket in zero.buckets], own, summed)
 
 
 def _first_bad(bucket: Bucket, flat: torch.Tensor, first: int) -> str | None:

@@ -26,6 +26,7 @@ from megazero.engine.optimizers.make import make_optimizer
 from megazero.engine.sharded import Shard
 from megazero.engine.state_files import StateFiles
 from megazero.parallel.collectives import all_reduce
+from megazero.parallel.topology import AxisGroup
 from megazero.zero.buckets import Bucket, Placed
 from megazero.zero.zero import Zero
 
@@ -158,12 +159,12 @@ class ShardOptimizer:
         if not self.whole:
             self.optimizer.step()
             return
-        shards = []
+        shards: dict[AxisGroup, list[Shard]] = {group: [] for group in self._groups(part)}
         group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         for cut in cuts:
             spec, first = cut.place.spec, cut.place.start
             assert cut.flat.grad is not None
-            shards.append(
+            shards[self._over(cut.bucket)].append(
                 Shard(
                     spec.name,
                     spec.local_shape,
@@ -176,19 +177,31 @@ class ShardOptimizer:
                     split=spec.local_shape != spec.shape,
                 )
             )
-        sharded = self.zero.lifetimes.optimizer_sharded
-        group = self.zero.group if sharded else self.zero.topology.subgroup("zero", 1)
-        self.optimizer.step_sharded(shards, group, part)  # type: ignore[attr-defined]
+        for group, listed in shards.items():
+            self.optimizer.step_sharded(listed, group, (part, group.axis))  # type: ignore[attr-defined]
+
+    def _groups(self, part: int | None) -> list[AxisGroup]:
+        """The groups over which a part's parameters are cut, in the order in which all ranks go through them."""
+        buckets = self.zero.buckets if part is None else [self.zero.buckets[part]]
+        return list(dict.fromkeys(map(self._over, buckets)))
+
+    def _over(self, bucket: Bucket) -> AxisGroup:
+        return bucket.group if self.zero.lifetimes.optimizer_sharded else self.zero.topology.subgroup("zero", 1)
 
     # parameters without a gradient
 
     def _used_nowhere(self) -> set[nn.Parameter]:
         """Parameters that had no gradient on any rank since the last step. Collective."""
-        places = [place for bucket in self.zero.buckets for place in bucket.placed]
         filled = self.zero.reduction.ever_filled
-        used = torch.tensor([float(place.parameter in filled) for place in places], device=self.zero.device)
-        all_reduce(used, self.zero.group, "max")
-        return {place.parameter for place, any_rank in zip(places, used.tolist(), strict=True) if not any_rank}
+        places: dict[AxisGroup, list[Placed]] = {}
+        for bucket in self.zero.buckets:
+            places.setdefault(bucket.group, []).extend(bucket.placed)
+        idle: set[nn.Parameter] = set()
+        for group, listed in places.items():
+            used = torch.tensor([float(place.parameter in filled) for place in listed], device=self.zero.device)
+            all_reduce(used, group, "max")
+            idle.update(p.parameter for p, any_rank in zip(listed, used.tolist(), strict=True) if not any_rank)
+        return idle
 
     def _restores(self, cuts: Sequence[Cut], idle: set[nn.Parameter]) -> list[Callable[[], None]]:
         """What puts masters and states of these parameters back to what they are now."""

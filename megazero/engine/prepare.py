@@ -7,6 +7,8 @@ from torch import nn
 
 from megazero.base.errors import ConfigError
 from megazero.parallel.collectives import broadcast
+from megazero.parallel.expert import spread_modules
+from megazero.parallel.sharding import spec_of
 from megazero.parallel.topology import Topology
 from megazero.zero.init import slice_of
 
@@ -33,12 +35,18 @@ def move_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 
 def equalize(module: nn.Module, topology: Topology, device: torch.device, axis: str = "zero") -> None:
-    """Give every rank of an axis's group the first one's parameters and buffers. Collective."""
-    group = topology.group(axis)
-    if group.size == 1:
+    """Give every rank of an axis's group the first one's parameters and buffers; those of spread experts go to the
+    ranks that hold copies of these. Collective."""
+    everyone = topology.group(axis)
+    if everyone.size == 1:
         return
-    tensors = [p.data for p in module.parameters() if not p.is_meta and slice_of(p) is None]
-    for tensor in [*tensors, *(b for b in module.buffers() if not b.is_meta)]:
+    tensors = {p.data: spec_of("", p).copies or everyone for p in module.parameters() if slice_of(p) is None}
+    spread, copies = spread_modules(module), topology.group("expert_dp")
+    for holder in module.modules():
+        tensors |= dict.fromkeys(holder.buffers(recurse=False), copies if holder in spread else everyone)
+    for tensor, group in tensors.items():
+        if tensor.is_meta:
+            continue
         moved = tensor.to(device).contiguous()
         broadcast(moved.view(torch.uint8) if moved.dtype == torch.bool else moved, group, 0)
         if moved.data_ptr() != tensor.data_ptr():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megazero.parallel.collectives import gather_objects, receive, send
+from megazero.parallel.expert import spread_modules
 from megazero.parallel.sharding import Box, spec_of, spec_slice_boxes, whole
 from megazero.zero.zero import Zero
 
@@ -66,14 +67,13 @@ def others(module: nn.Module, zero: Zero, *, for_save: bool) -> dict[str, list[B
     """
     trained = {place.parameter for bucket in zero.buckets for place in bucket.placed}
     sharded = {place.parameter for bucket in zero.frozen for place in bucket.placed}
-    speaks = zero.group.rank == 0
     found: list[Boxed] = []
     for name, parameter in module.named_parameters():
         spec = spec_of(name, parameter)
         if (
             parameter in trained
             or parameter in sharded
-            or (for_save and not (speaks and spec.owned_by(zero.topology.rank)))
+            or (for_save and not (zero.copies_of(parameter).rank == 0 and spec.owned_by(zero.topology.rank)))
         ):
             continue
         flat = parameter.detach().view(-1)
@@ -81,26 +81,28 @@ def others(module: nn.Module, zero: Zero, *, for_save: bool) -> dict[str, list[B
             found.append((spec.name, spec.shape, box, flat[at : at + box.numel].view(box.shape)))
     found += zero.pieces(zero.frozen_shards(), for_save=for_save)
     buffers: list[Boxed] = []
-    if not for_save or (speaks and zero.topology.group("tp").rank == 0):
-        for name, buffer in persistent_buffers(module):
+    spread, copies = spread_modules(module), zero.topology.group("expert_dp")
+    for name, holder, buffer in persistent_buffers(module):
+        speaks = (copies if holder in spread else zero.group).rank == 0 and zero.topology.group("tp").rank == 0
+        if speaks or not for_save:
             spec = whole(name, tuple(buffer.shape))
             buffers.append((name, spec.shape, spec.boxes[0], buffer.detach()))
     return {"frozen": found, "buffers": buffers}
 
 
-def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that belong to the module's state dict, by name, each once."""
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """The buffers that belong to the module's state dict, each once: name, the module that holds it, itself."""
     seen: set[Tensor] = set()
     for path, holder in module.named_modules():
         for name, buffer in holder._buffers.items():
             if buffer is not None and name not in holder._non_persistent_buffers_set and buffer not in seen:
                 seen.add(buffer)
-                yield f"{path}.{name}" if path else name, buffer
+                yield f"{path}.{name}" if path else name, holder, buffer
 
 
 def _keys(module: nn.Module) -> Iterator[tuple[str, str]]:
     """The keys of the module's state dict, shared tensors under each of their names, with their logical names."""
-    first = {buffer: name for name, buffer in persistent_buffers(module)}
+    first = {buffer: name for name, _, buffer in persistent_buffers(module)}
     for path, holder in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for name, parameter in holder._parameters.items():

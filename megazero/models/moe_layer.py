@@ -1,7 +1,8 @@
-"""A mixture of experts around any module, with the interface of DeepSpeed's MoE layer, all experts on every rank.
+"""A mixture of experts around any module, with the interface of DeepSpeed's MoE layer, on one rank or spread over some.
 
     x [tokens, h] ─ gate, fp32 ─► probabilities [tokens, E] ─ top k ─► k experts a token, at most C tokens an expert
       ─ gather ─► rows [E, C, h] ─ expert e on rows[e] ─► [E, C, h'] ─ gather, weight, sum over k ─► [tokens, h']
+                    └ ep_size > 1: to the rank of expert e, with the rows of the other ranks, and back ┘
 
 C = ceil(tokens · k / E · capacity factor). Capacity and auxiliary loss: Lepikhin et al., GShard, arXiv 2006.16668;
 top 1: Fedus et al., Switch Transformer, arXiv 2101.03961; the dense branch (`use_residual`): Rajbhandari et al.,
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megazero.base.errors import ConfigError
+from megazero.parallel.expert import ExpertList
 
 NOISES = (None, "None", "Jitter", "RSample")
 JITTER = 1e-2
@@ -28,13 +30,14 @@ class MoE(nn.Module):
     """`(x [..., h]) -> (output [..., h'], l_aux, exp_counts [E])`.
 
     `l_aux` is the loss that balances the experts: add it to yours, times about 0.01. `exp_counts` is how many tokens
-    chose each expert, before any was dropped.
+    chose each expert, before any was dropped. Both, and the room of an expert, are of this rank's own tokens.
 
     Args:
         hidden_size: h.
         expert: [..., h] -> [..., h'] (or a tuple that begins with that); every expert starts as a copy of it.
         num_experts: E.
-        ep_size: ranks over which the experts are spread; 1: each rank holds all.
+        ep_size: ranks over which the experts are spread; 1: each rank holds all, unless the configuration given to
+            `initialize()` spreads them. The layer then runs in an engine only.
         k: experts a token.
         capacity_factor, eval_capacity_factor: room of an expert over a perfectly even load, in training and in eval.
         min_capacity: least room of an expert, in tokens.
@@ -46,7 +49,8 @@ class MoE(nn.Module):
             then the last; k > 2: the least probable.)
         top2_2nd_expert_sampling: k = 2: the second expert is drawn in training.
 
-    Raises ConfigError for impossible sizes and for what this layer cannot do.
+    Raises ConfigError for impossible sizes and for what this layer cannot do; in forward for experts that are to be
+    spread and are not yet.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class MoE(nn.Module):
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity, self.noise, self.use_rts = min_capacity, noisy_gate_policy, use_rts
         self.sample_second = top2_2nd_expert_sampling
-        self.deepspeed_moe = _Parts(hidden_size, expert, num_experts)
+        self.deepspeed_moe = _Parts(hidden_size, expert, num_experts, ep_size)
         self.mlp = copy.deepcopy(expert) if use_residual else None
         self.coefficient = nn.Linear(hidden_size, 2) if use_residual else None
 
@@ -87,8 +91,9 @@ class MoE(nn.Module):
         weights = probabilities.gather(1, experts) * kept
         if self.k > 1:
             weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
-        slots = torch.where(kept, experts * room + places, self.num_experts * room)
-        output = self._run(x, slots, weights, room).reshape(*hidden_states.shape[:-1], -1)
+        wide = self.deepspeed_moe.experts.deepspeed_experts.agree(room, x.device)
+        slots = torch.where(kept, experts * wide + places, self.num_experts * wide)
+        output = self._run(x, slots, weights, wide).reshape(*hidden_states.shape[:-1], -1)
         if self.mlp is not None and self.coefficient is not None:
             share = self.coefficient(hidden_states).softmax(-1)
             output = output * share[..., :1] + _first(self.mlp(hidden_states)) * share[..., 1:]
@@ -134,15 +139,17 @@ class MoE(nn.Module):
         return places.view(self.k, -1).T
 
     def _run(self, x: Tensor, slots: Tensor, weights: Tensor, room: int) -> Tensor:
-        """The weighted sum of what the experts make of x: [tokens, h'].
+        """The weighted sum of what the experts make of x: [tokens, h']. Collective over the ranks of spread experts.
 
         The slot after the last is for what is dropped. Every expert runs, on zeros if need be, so that all ranks have
         gradients of the same parameters.
         """
+        held = self.deepspeed_moe.experts.deepspeed_experts
         rows = x.new_zeros(self.num_experts * room + 1, x.shape[-1])
         rows = rows.index_copy(0, slots.T.flatten(), x.repeat(self.k, 1))[:-1].view(self.num_experts, room, -1)
-        made = [_first(expert(rows[e])) for e, expert in enumerate(self.deepspeed_moe.experts.deepspeed_experts)]
-        out = F.pad(torch.cat(made), (0, 0, 0, 1))
+        rows = held.to_experts(rows)
+        made = torch.stack([_first(expert(rows[index])) for index, expert in enumerate(held)])
+        out = F.pad(held.to_owners(made).flatten(0, 1), (0, 0, 0, 1))
         return (out[slots] * weights.to(out.dtype).unsqueeze(-1)).sum(1)
 
     def _balance(self, probabilities: Tensor, experts: Tensor) -> Tensor:
@@ -159,20 +166,18 @@ class _Gate(nn.Module):
 
 
 class _Experts(nn.Module):
-    def __init__(self, expert: nn.Module, num_experts: int) -> None:
+    def __init__(self, expert: nn.Module, num_experts: int, ep_size: int) -> None:
         super().__init__()
-        self.deepspeed_experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_experts))
-        for parameter in self.parameters():
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = "ep_size_1"  # type: ignore[attr-defined]
+        copies = [copy.deepcopy(expert) for _ in range(num_experts // ep_size)]
+        self.deepspeed_experts = ExpertList(copies, num_experts, ep_size)
 
 
 class _Parts(nn.Module):
     """Gate and experts, under the names that DeepSpeed's checkpoints use."""
 
-    def __init__(self, hidden_size: int, expert: nn.Module, num_experts: int) -> None:
+    def __init__(self, hidden_size: int, expert: nn.Module, num_experts: int, ep_size: int) -> None:
         super().__init__()
-        self.gate, self.experts = _Gate(hidden_size, num_experts), _Experts(expert, num_experts)
+        self.gate, self.experts = _Gate(hidden_size, num_experts), _Experts(expert, num_experts, ep_size)
 
 
 def is_moe_param(parameter: Tensor) -> bool:
@@ -191,7 +196,7 @@ def split_params_into_different_moe_groups_for_optimizer(
     max_group_size: float | None = 178956971,
 ) -> list[dict[str, Any]]:
     """Groups with the experts' parameters in groups of their own (marked `moe`, with the other settings of the group
-    they came from), of at most `max_group_size` elements each, unless one parameter is larger."""
+    they came from), one `ep_size` each, of at most `max_group_size` elements unless one parameter is larger."""
     groups = [param_groups] if isinstance(param_groups, dict) else list(param_groups)
     dense, moe = [], []
     for group in groups:
@@ -205,8 +210,8 @@ def split_params_into_different_moe_groups_for_optimizer(
 def _chunks(parameters: list[Any], most: float) -> list[list[Any]]:
     chunks: list[list[Any]] = []
     size = math.inf
-    for parameter in parameters:
-        if size + parameter.numel() > most:
+    for parameter in sorted(parameters, key=lambda parameter: parameter.group_name):
+        if size + parameter.numel() > most or chunks[-1][-1].group_name != parameter.group_name:
             chunks.append([])
             size = 0
         chunks[-1].append(parameter)
@@ -229,10 +234,11 @@ def _check(
 ) -> None:
     if not 1 <= k <= num_experts:
         raise ConfigError(f"k={k} with num_experts={num_experts}: a token takes 1 to {num_experts} experts. Change k.")
-    if ep_size != 1:
+    if ep_size < 1 or num_experts % ep_size:
+        fits = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
         raise ConfigError(
-            f"ep_size={ep_size}: experts spread over ranks are not there yet; every rank holds all {num_experts}. "
-            "Set ep_size=1; ZeRO stage 3 spreads the experts' weights over the data-parallel ranks."
+            f"ep_size={ep_size} with num_experts={num_experts}: each of the ranks holds equally many experts. Use an "
+            f"ep_size out of {fits}."
         )
     if noise not in NOISES:
         raise ConfigError(f"noisy_gate_policy={noise!r} is none of None, 'Jitter', 'RSample'. Use one of these.")

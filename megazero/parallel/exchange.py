@@ -1,12 +1,34 @@
-"""An exchange of parts of unequal sizes: every rank gives each other rank some elements, perhaps none."""
+"""Exchanges in which every rank gives each other rank a part: of equal sizes, with gradients that travel back; or of
+any sizes, perhaps none."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megazero.parallel.collectives import all_to_all
 from megazero.parallel.topology import AxisGroup
+
+
+def swap_parts(x: Tensor, group: AxisGroup) -> Tensor:
+    """Part i along dim 0 of [size, ..] goes to rank i; the result's part i came from rank i. So do gradients back."""
+    swapped: Tensor = _SwapParts.apply(x, group)
+    return swapped
+
+
+class _SwapParts(torch.autograd.Function):
+    # Part i goes to rank i and comes from rank i: its own transpose.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: AxisGroup) -> Tensor:
+        ctx.group = group
+        return all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_to_all(grad, ctx.group), None
 
 
 def exchange_parts(outgoing: list[Tensor], incoming: list[int], group: AxisGroup) -> list[Tensor]:

@@ -52,6 +52,9 @@ class ShardSpec:
     """Initial values: normal with this deviation; `init_fill` when None."""
     init_fill: float = 0.0
     """Initial value when `init_std` is None."""
+    copies: AxisGroup | None = None
+    """Ranks that hold the data-parallel copies, over which ZeRO shards it; None: topology's "zero". Experts that are
+    spread over ranks have fewer copies."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:

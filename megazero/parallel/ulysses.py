@@ -11,12 +11,11 @@ do not divide among the ranks are sent as equal copies to those that share them;
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megazero.parallel.collectives import all_to_all
+from megazero.parallel.exchange import swap_parts
 from megazero.parallel.topology import AxisGroup
 
 
@@ -27,14 +26,14 @@ def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, group: AxisGroup) -> tuple[
     parts = [x.unflatten(2, (group.size, -1)) for x in (q, k, v)]  # [b, s/cp, cp, heads/cp, d] each
     sizes = [part.shape[3] for part in parts]
     sent = torch.cat(parts, dim=3).movedim(2, 0)  # [cp, b, s/cp, all heads/cp, d]
-    received = logical_order(_AllToAll.apply(sent, group))
+    received = logical_order(swap_parts(sent, group))
     q, k, v = received.split(sizes, dim=2)
     return q, k, v
 
 
 def heads_to_tokens(x: Tensor, group: AxisGroup) -> Tensor:
     """[b, s, heads/cp, d] of each rank -> [b, s/cp, heads, d]."""
-    received: Tensor = _AllToAll.apply(rank_order(x, group.size), group)  # [cp, b, s/cp, heads/cp, d]
+    received = swap_parts(rank_order(x, group.size), group)  # [cp, b, s/cp, heads/cp, d]
     return received.movedim(0, 2).flatten(2, 3)
 
 
@@ -49,15 +48,3 @@ def rank_order(x: Tensor, size: int) -> Tensor:
     """The opposite: [b, s, ..] -> [cp, b, s/cp, ..]."""
     first, second = x.unflatten(1, (2 * size, -1)).movedim(1, 0).chunk(2)  # [cp, b, s / (2 cp), ..] each
     return torch.cat([first, second.flip(0)], dim=2)
-
-
-class _AllToAll(torch.autograd.Function):
-    # Part i goes to rank i and comes from rank i: its own transpose.
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: AxisGroup) -> Tensor:
-        ctx.group = group
-        return all_to_all(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_to_all(grad, ctx.group), None

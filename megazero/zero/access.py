@@ -1,7 +1,8 @@
 """Whole tensors of one parameter, at every stage: fp32 master, gradient, optimizer state; reading and writing.
 
-A parameter knows its Zero through `owner_of`. Reading is collective over the ZeRO group: every rank gets the whole
-tensor, of the shape that the parameter has on its rank (its part under tensor parallelism). The names are DeepSpeed's.
+A parameter knows its Zero through `owner_of`. Reading is collective over the ranks that hold copies (the ZeRO group,
+or fewer for spread experts): each gets the whole tensor, of the shape that the parameter has on its rank (its part
+under tensor parallelism). The names are DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, optim_state_key: str)
         return None
     owner, bucket, place = found
     buffers = owner.states(bucket, optim_state_key)
-    known = all_reduce(torch.tensor(float(bool(buffers)), device=owner.zero.device), owner.zero.group, "max")
+    known = all_reduce(torch.tensor(float(bool(buffers)), device=owner.zero.device), bucket.group, "max")
     return _whole(owner.zero, bucket, place, buffers) if bool(known) else None
 
 
@@ -150,7 +151,7 @@ def _whole(zero: Zero, bucket: Bucket, place: Placed, buffers: Iterable[tuple[in
         if (part := place.overlap(low, high)) is not None:
             lo, hi = part
             whole[lo - place.start : hi - place.start] = tensor[lo - first : hi - first].to(whole)
-    return all_reduce(whole, zero.group).view(place.spec.local_shape)
+    return all_reduce(whole, bucket.group).view(place.spec.local_shape)
 
 
 @torch.no_grad()

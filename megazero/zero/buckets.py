@@ -1,9 +1,9 @@
 """Flat buffers over whole parameters.
 
 A bucket holds parameters of one unit (a block, or what is outside the blocks) in reverse registration order, which is
-about the order in which backward fills their gradients. It is padded to equal slices, and rank i of the ZeRO group
-owns slice i of EVERY bucket, so memory and reduction time are even by construction and a reduce-scatter writes
-straight into the shard.
+about the order in which backward fills their gradients. It is padded to equal slices, and rank i of its group (the
+ZeRO group; for spread experts the ranks with copies of them) owns slice i of EVERY bucket, so memory and reduction time
+are even by construction and a reduce-scatter writes straight into the shard.
 
       values  [ w3 | w2 | w1 |pad]   model dtype; the parameters are views of it. Stage 3: only while in use
       shard   [slice i]              model dtype; a view of values, or (stage 3) what is kept between uses
@@ -263,6 +263,7 @@ def make_buckets(
 
     Args:
         units: names of the modules that no bucket crosses.
+        group: the ranks that hold copies of a parameter whose spec does not say which.
         limit: largest number of elements in a bucket, unless one parameter is larger; 40 million by default. Smaller
             models get one bucket a unit, of the unit's size.
         wanted: None for a parameter to be left out; parameters of different answers never share a bucket. Default:
@@ -276,9 +277,10 @@ def make_buckets(
         kind = wanted(parameter)
         if kind is None:
             continue
-        summed = spec_of(name, parameter).grad_sum
+        spec = spec_of(name, parameter)
+        summed, copies = spec.grad_sum, spec.copies
         unit = innermost(name, units)
-        key = (unit, summed.ranks if summed else None, kind)
+        key = (unit, summed.ranks if summed else None, copies.ranks if copies else None, kind)
         members, size = open_lists.get(key, ([], limit))
         if size + parameter.numel() > limit:  # start a new bucket
             members, size = [], 0
@@ -289,7 +291,8 @@ def make_buckets(
     for unit, members in lists:
         first = members[0][1]
         trainable = first.requires_grad and trained(first)
-        buckets.append(Bucket(members, group, sharded=sharded, unit=unit, trainable=trainable))
+        over = spec_of(*members[0]).copies or group
+        buckets.append(Bucket(members, over, sharded=sharded, unit=unit, trainable=trainable))
     return buckets
 
 

@@ -52,7 +52,7 @@ class GatheredParameters:
         for parameter in self.params:
             owner = owner_of(parameter)
             if owner is not None:
-                self._check_rank(owner.zero.group)
+                self._check_rank(owner.zero.copies_of(parameter))
                 owner.zero.wait_parameters()
                 gatherer = owner.zero.gatherer
                 if gatherer is not None and parameter in gatherer.of:
@@ -98,7 +98,7 @@ class GatheredParameters:
         owner = owner_of(parameter)
         if owner is None:
             return
-        group = owner.zero.group
+        group = owner.zero.copies_of(parameter)
         value = broadcast(parameter.detach().contiguous(), group, group.ranks.index(modifier_rank))
         home = home_of(owner.zero, parameter)
         if home is None:  # not trained, and whole on every rank

@@ -24,7 +24,7 @@ IN_FLIGHT = 2
 
 
 class Reduction:
-    """The gradient side of ZeRO over `buckets` (trainable ones, all of one group).
+    """The gradient side of ZeRO over `buckets` (trainable ones), each over its own group.
 
     Args:
         sharded: stages 2 and 3.

@@ -4,7 +4,8 @@
     norm, clip, step on the shard's master ─► publish: cast, all-gather (overlaps the next forward)
     stage 3 ─► Gatherer: whole parameters around each use
 
-The ZeRO group is the flattened (dp, cp) axes. A gradient is ready when `.grad` was filled, whoever filled it: hooks
+The ZeRO group is the flattened (dp, cp) axes; experts that are spread over ranks have the group of their copies. A
+gradient is ready when `.grad` was filled, whoever filled it: hooks
 are one entry, `gradient_ready` the explicit one.
 """
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from megazero.parallel.collectives import Pending, all_gather_slices
-from megazero.parallel.sharding import Box, spec_slice_boxes
-from megazero.parallel.topology import Topology
+from megazero.parallel.sharding import Box, spec_of, spec_slice_boxes
+from megazero.parallel.topology import AxisGroup, Topology
 from megazero.zero.adopt import drop_gradients, give_specs, leave_meta, settle_others, values_of, with_leaves
 from megazero.zero.buckets import Bucket, Placed, innermost, make_buckets
 from megazero.zero.gather import Gatherer, Limits, OnAccess
@@ -81,7 +82,7 @@ class Zero:
                 source,
                 grad_dtype=grad_dtype,
                 shard_gradients=self._shards_gradients,
-                shard_parameters=self._shards_parameters and not self._is_small(bucket),
+                shard_parameters=self._shards_parameters and not self._stays_whole(bucket),
                 place=self.homes.place(bucket.length if bucket.trainable else 0, bucket.width),
             )
         settle_others(model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device)
@@ -152,8 +153,13 @@ class Zero:
 
         return lay_out(units, small=False) + (lay_out([], small=True) if self._small else [])
 
-    def _is_small(self, bucket: Bucket) -> bool:
-        return bucket.placed[0].parameter in self._small
+    def _stays_whole(self, bucket: Bucket) -> bool:
+        """Stage 3: it is small, or nobody else has a part of it that this rank could do without."""
+        return bucket.placed[0].parameter in self._small or (bucket.group.size == 1 and self.homes.param == "none")
+
+    def copies_of(self, parameter: nn.Parameter) -> AxisGroup:
+        """The ranks that hold data-parallel copies of it."""
+        return spec_of("", parameter).copies or self.group
 
     # gradients
 
@@ -236,9 +242,9 @@ class Zero:
         bucket = self.buckets[index]
         self._done_with(bucket)
         bucket.cast_master(master)
-        if self.lifetimes.optimizer_sharded and self.group.size > 1 and not bucket.parameters_sharded:
+        if self.lifetimes.optimizer_sharded and bucket.group.size > 1 and not bucket.parameters_sharded:
             assert bucket.values is not None
-            self._gathers[index] = all_gather_slices(bucket.values, self.group, bucket.padding)
+            self._gathers[index] = all_gather_slices(bucket.values, bucket.group, bucket.padding)
 
     def end_publish(self) -> None:
         """After the last bucket."""
