@@ -23,6 +23,7 @@ from megazero.engine.accumulation import Accumulation
 from megazero.engine.checkpoint import Piece
 from megazero.engine.feed import Feed
 from megazero.engine.front import Front
+from megazero.engine.frozen import Frozen
 from megazero.engine.introspection import Reporter, state_bytes
 from megazero.engine.monitors import Monitors
 from megazero.engine.optimizer import ShardOptimizer
@@ -93,6 +94,7 @@ class Engine(Front, Queries):
         ranks = topology.size("dp")
         micro, batch = config.training.micro_batch_size, config.training.global_batch_size
         steps = max(batch // (micro * ranks), 1) if batch else config.training.gradient_accumulation_steps or 1
+        self.frozen = Frozen(module)
         self.accumulation = Accumulation(steps, topology.size("zero"), device)
         self.pipeline: Pipeline | None = None
         self.feed = Feed(device)

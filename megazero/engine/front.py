@@ -112,6 +112,7 @@ class Front(Parts):
         accumulation.applied = False
         if not boundary:
             return
+        self.frozen.warn_of_thawed(self.log)
         divisor = accumulation.divisor
         known = accumulation.meaning is not None
         result = self._update(

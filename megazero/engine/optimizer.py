@@ -1,7 +1,8 @@
 """The torch optimizer over ZeRO's shards.
 
 Each owned part of a bucket is cut where the parameter group changes; each cut is one flat Parameter, a view of the fp32
-master, whose `.grad` is a view of the reduced gradients. Any element-wise torch optimizer can step on these.
+master, whose `.grad` is a view of the reduced gradients. Any element-wise torch optimizer can step on these. Where
+some parameters of a cut have no gradient in a step it is divided for good (cuts.py), and torch skips what has none.
 
     at hand:     scale all gradients ─► one step ─► cast, gather
     elsewhere:   bucket by bucket: [read the next] gradients in fp32 where the master is ─► step ─► cast, gather [write]
@@ -11,8 +12,10 @@ master, whose `.grad` is a view of the reduced gradients. Any element-wise torch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from megazero.base.errors import ConfigError
 from megazero.config.schema import OptimizerConfig
+from megazero.engine.cuts import Cut, divided, per_element
 from megazero.engine.optimizers.cuts import repoint
 from megazero.engine.optimizers.element_wise import element_wise_problem
 from megazero.engine.optimizers.make import make_optimizer
@@ -31,25 +35,6 @@ from megazero.zero.buckets import Bucket, Placed
 from megazero.zero.zero import Zero
 
 Piece = tuple[Bucket, int, Tensor]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Elements [start, stop) of a bucket, all of one parameter group (and, for optimizers that need whole tensors, of
-    one parameter)."""
-
-    bucket: Bucket
-    start: int
-    stop: int
-    flat: nn.Parameter
-    """The master's view that the optimizer knows."""
-    place: Placed
-    """The first parameter in it."""
-
-    def part_of(self, owned: Tensor) -> Tensor:
-        """The cut's part of a buffer over the bucket's owned elements."""
-        base = self.bucket.owned[0]
-        return owned[self.start - base : self.stop - base]
 
 
 class ShardOptimizer:
@@ -80,21 +65,25 @@ class ShardOptimizer:
             return (number, place.name) if self.whole else (number, "")
 
         groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
-        self.cuts: list[Cut] = []
+        self._by_bucket: dict[int, list[Cut]] = {id(bucket): [] for bucket in zero.buckets}
         for bucket, _, start, stop in zero.segments(key):
             place = next(iter(bucket.parts(start, stop)))[0]
             cut = Cut(bucket, start, stop, nn.Parameter(torch.empty(0, device=bucket.place.state_device)), place)
             if bucket.master_in_memory:
                 cut.flat.data = cut.part_of(bucket.master)
-            self.cuts.append(cut)
+            self._by_bucket[id(bucket)].append(cut)
             groups[index[place.parameter]].append(cut.flat)
         repoint(self.optimizer, groups)
-        self._by_bucket = {id(bucket): [cut for cut in self.cuts if cut.bucket is bucket] for bucket in zero.buckets}
         self.files = StateFiles()
         self.at_hand = all(
             b.grad_dtype == torch.float32 and b.reduced.device == b.place.state_device and not self._is_filed(b)
             for b in zero.buckets
         )
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """Of all buckets."""
+        return [cut for cuts in self._by_bucket.values() for cut in cuts]
 
     def _is_filed(self, bucket: Bucket) -> bool:
         return bucket.place.state_store is not None or not bucket.master_in_memory
@@ -114,12 +103,8 @@ class ShardOptimizer:
             for _, bucket in buckets:
                 if factor != 1.0:
                     bucket.reduced.mul_(factor)
-                for cut in self._by_bucket[id(bucket)]:
-                    cut.flat.grad = cut.part_of(bucket.reduced)
-            restores = self._restores(self.cuts, idle)
+                self._give_gradients(bucket, bucket.reduced, idle)
             self._step_cuts(self.cuts, None)
-            for restore in restores:
-                restore()
             self.zero.publish()
         else:
             self._step_in_turn(buckets, factor, idle)
@@ -131,22 +116,17 @@ class ShardOptimizer:
         before = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         pipelined = self.zero.homes.pipelined
         for position, (index, bucket) in enumerate(buckets):
-            cuts = self._by_bucket[id(bucket)]
-            self.files.fetch(bucket, cuts, self.optimizer)
+            self.files.fetch(bucket, self._by_bucket[id(bucket)], self.optimizer)
             if pipelined and position + 1 < len(buckets):
                 following = buckets[position + 1][1]
                 self.files.prefetch(following, self._by_bucket[id(following)], self.optimizer)
             gradient = bucket.reduced.to(device=bucket.place.state_device, dtype=torch.float32)
             if factor != 1.0:
                 gradient = gradient.mul_(factor) if gradient is not bucket.reduced else gradient * factor
-            for cut in cuts:
-                cut.flat.grad = cut.part_of(gradient)
+            cuts = self._give_gradients(bucket, gradient, idle)
             for group, values in zip(self.optimizer.param_groups, before, strict=True):
                 group.update(values)
-            restores = self._restores(cuts, idle)
             self._step_cuts(cuts, index)
-            for restore in restores:
-                restore()
             for cut in cuts:
                 cut.flat.grad = None
             self.zero.publish_bucket(index, self.files.master(bucket))
@@ -163,17 +143,19 @@ class ShardOptimizer:
         group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         for cut in cuts:
             spec, first = cut.place.spec, cut.place.start
-            assert cut.flat.grad is not None
+            master, gradient, state = cut.flat.detach(), cut.flat.grad, self.optimizer.state[cut.flat]
+            if gradient is None:  # all ranks list the same shards in every step: a copy goes along, and is forgotten
+                gradient, master, state = torch.zeros_like(master), master.clone(), copy.deepcopy(state)
             shards[self._over(cut.bucket)].append(
                 Shard(
                     spec.name,
                     spec.local_shape,
                     cut.start - first,
                     cut.stop - first,
-                    cut.flat.detach(),
-                    cut.flat.grad,
+                    master,
+                    gradient,
                     group_of[cut.flat],
-                    self.optimizer.state[cut.flat],
+                    state,
                     split=spec.local_shape != spec.shape,
                 )
             )
@@ -203,28 +185,19 @@ class ShardOptimizer:
             idle.update(p.parameter for p, any_rank in zip(listed, used.tolist(), strict=True) if not any_rank)
         return idle
 
-    def _restores(self, cuts: Sequence[Cut], idle: set[nn.Parameter]) -> list[Callable[[], None]]:
-        """What puts masters and states of these parameters back to what they are now."""
-        return [
-            self._restore(cut, lo - cut.start, hi - cut.start)
-            for cut in cuts
-            for place, lo, hi in cut.bucket.parts(cut.start, cut.stop)
-            if place.parameter in idle
-        ]
+    def _give_gradients(self, bucket: Bucket, gradient: Tensor, idle: set[nn.Parameter]) -> list[Cut]:
+        """Let the bucket's cuts have their parts of `gradient` [owned], but those of idle parameters; its cuts now."""
+        if idle and not self.whole:  # whose cuts are of one parameter each
+            self._divide(bucket, lambda place: place.parameter in idle)
+        cuts = self._by_bucket[id(bucket)]
+        for cut in cuts:
+            cut.flat.grad = None if cut.place.parameter in idle else cut.part_of(gradient)
+        return cuts
 
-    def _restore(self, cut: Cut, lo: int, hi: int) -> Callable[[], None]:
-        kept = {key: tensor[lo:hi].clone() for key, tensor in self._tensors(cut).items()}
-
-        def restore() -> None:
-            for key, tensor in self._tensors(cut).items():
-                tensor[lo:hi] = kept.get(key, 0.0)  # 0: a state that this step made
-
-        return restore
-
-    def _tensors(self, cut: Cut) -> dict[str | None, Tensor]:
-        """The master (None) and the per-element states of a cut."""
-        state = self.optimizer.state.get(cut.flat, {})
-        return {None: cut.flat.data} | {key: value for key, value in state.items() if _per_element(value)}
+    def _divide(self, bucket: Bucket, key: Callable[[Placed], object]) -> None:
+        """From now on no cut of the bucket holds parameters of different keys."""
+        cuts = self._by_bucket[id(bucket)]
+        cuts[:] = [part for cut in cuts for part in divided(cut, key, self.optimizer)]
 
     # checkpoints
 
@@ -232,18 +205,27 @@ class ShardOptimizer:
         """Names of the per-element states that exist, e.g. exp_avg and exp_avg_sq; empty before the first step."""
         for cut in self.cuts:
             for key, value in self._state(cut).items():
-                if _per_element(value) and (type(value) is not Tensor or value.numel() not in (0, cut.flat.numel())):
+                if per_element(value) and (type(value) is not Tensor or value.numel() not in (0, cut.flat.numel())):
                     raise ConfigError(
                         f"the state {key!r} of {type(self.optimizer).__name__} is not one number an element, so it "
                         "cannot be saved for other layouts. Save the weights alone, or train with AdamW instead of its "
                         "8-bit form."
                     )
-        return sorted({key for cut in self.cuts for key, value in self._state(cut).items() if _per_element(value)})
+        return sorted({key for cut in self.cuts for key, value in self._state(cut).items() if per_element(value)})
+
+    def numbers(self) -> dict[str, dict[str, float] | None]:
+        """By parameter of which this rank holds elements: its states that are one number, such as the step count; None
+        for a parameter without any state."""
+        found: dict[str, dict[str, float] | None] = {}
+        for cut in self.cuts:
+            state = self._state(cut)
+            known = {k: float(v) for k, v in state.items() if v is not None and not per_element(v)} if state else None
+            found.update((place.spec.name, known) for place in cut.places())
+        return found
 
     def scalars(self) -> dict[str, float]:
-        """States that are one number, equal for all parameters, e.g. the step count."""
-        first = next((state for cut in self.cuts if (state := self._state(cut))), {})
-        return {key: float(value) for key, value in first.items() if value is not None and not _per_element(value)}
+        """Those of most parameters that this rank holds."""
+        return most_common(numbers for numbers in self.numbers().values() if numbers is not None)
 
     def buffers(self, key: str) -> list[Piece]:
         """One per-element state of all cuts that have it, as `Zero.pieces` takes them."""
@@ -253,21 +235,50 @@ class ShardOptimizer:
             if key in (state := self._state(cut))
         ]
 
-    def prepare(self, keys: list[str], scalars: dict[str, float]) -> None:
-        """Make zeroed states of these names, to load a checkpoint into."""
+    def prepare(
+        self,
+        keys: Collection[str],
+        scalars: Mapping[str, float],
+        apart: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+        without: Collection[str] = (),
+    ) -> None:
+        """Make zeroed states of these names, to load a checkpoint into.
+
+        Args:
+            keys: per-element states.
+            scalars: those that are one number.
+            apart: other scalars of some parameters, by name.
+            without: names of parameters that have no state yet.
+        """
+        absent = frozenset(without)
+
+        def numbers_of(place: Placed) -> Mapping[str, float] | None:
+            return None if (name := place.spec.name) in absent else apart.get(name, scalars)
+
+        self.optimizer.state.clear()
+        for bucket in self.zero.buckets:
+            self._divide(bucket, numbers_of)
         names_of = getattr(self.optimizer, "state_names", lambda group: set(keys))
         expected = {p: names_of(group) for group in self.optimizer.param_groups for p in group["params"]}
         for cut in self.cuts:
+            if (numbers := numbers_of(cut.place)) is None:
+                continue
             mine = [key for key in keys if key in expected[cut.flat]]
             zeros = {key: torch.zeros(cut.stop - cut.start, device=cut.flat.device) for key in mine}
-            numbers = {key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()}
-            self.optimizer.state[cut.flat] = zeros | {k: v.to(cut.flat.device) for k, v in numbers.items()}
+            made = {key: torch.tensor(value, dtype=torch.float32) for key, value in numbers.items()}
+            self.optimizer.state[cut.flat] = zeros | {k: v.to(cut.flat.device) for k, v in made.items()}
         for bucket in self.zero.buckets:
             if self._is_filed(bucket):
                 self.files.put(bucket, self._by_bucket[id(bucket)], self.optimizer, wait=True)
 
     def _state(self, cut: Cut) -> dict[str, Any]:
         return dict(self.optimizer.state.get(cut.flat, {}))
+
+
+def most_common(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Of these the most frequent, the first of several; {} of none."""
+    counted = Counter(tuple(sorted(each.items())) for each in numbers)
+    return dict(counted.most_common(1)[0][0]) if counted else {}
 
 
 def decays_weight(place: Placed) -> bool:
@@ -302,7 +313,3 @@ def _from_config(zero: Zero, config: OptimizerConfig) -> torch.optim.Optimizer:
         case "adagrad":
             name = "Adagrad"
     return make_optimizer(name, listed, arguments)
-
-
-def _per_element(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0

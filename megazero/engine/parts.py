@@ -13,6 +13,7 @@ from megazero.config.schema import RunConfig
 from megazero.engine.accumulation import Accumulation
 from megazero.engine.checkpoint import Piece
 from megazero.engine.feed import Feed
+from megazero.engine.frozen import Frozen
 from megazero.engine.introspection import Reporter
 from megazero.engine.monitors import Monitors
 from megazero.engine.optimizer import ShardOptimizer
@@ -48,6 +49,7 @@ class Parts:
     optimizer: OptimizerView | None
     """The same, as a torch optimizer for the user."""
     lr_scheduler: Any
+    frozen: Frozen
     accumulation: Accumulation
     pipeline: Pipeline | None
     feed: Feed

@@ -24,12 +24,14 @@ from megazero.engine import whole
 from megazero.engine.checkpoint import Key, Piece, latest_key, read_state
 from megazero.engine.checkpoint import load as load_sections
 from megazero.engine.checkpoint import save as save_sections
+from megazero.engine.optimizer_record import check_fits, make_room, record
 from megazero.engine.optimizer_view import load_settings, settings_of
 from megazero.engine.parts import Parts
 from megazero.engine.steps import key_of, step_folder
 from megazero.engine.together import Together
 from megazero.engine.values import decode, encode
 from megazero.parallel.collectives import gather_objects
+from megazero.parallel.topology import AxisGroup
 
 KIND = "engine"
 """What state.json says of these checkpoints, to tell them from those of a pretraining run."""
@@ -72,7 +74,7 @@ def save(
         "counters": engine.accumulation.state(),
         "scaler": None if engine.scaler is None else engine.scaler.state(),
         "scheduler": _scheduler_state(engine.lr_scheduler),
-        "optimizer": _optimizer_state(engine),
+        "optimizer": _optimizer_state(engine, world),
         "data": engine.feed.loader.state() if hasattr(engine.feed.loader, "state") else None,
         "random": gather_objects(encode(_random_state(), "random states"), world),
         "excluded": sorted({name for names in excluded for name in names}),
@@ -127,12 +129,11 @@ def save_weights(engine: Any, directory: str | os.PathLike[str], filename: str, 
 # what is in state.json
 
 
-def _optimizer_state(engine: Parts) -> dict[str, Any] | None:
+def _optimizer_state(engine: Parts, world: AxisGroup) -> dict[str, Any] | None:
     if engine.shards is None or engine.optimizer is None:
         return None
     return {
-        "states": engine.shards.state_keys(),
-        "scalars": engine.shards.scalars(),
+        **record(engine.shards, world),
         "groups": [encode(settings_of(group), "param_groups") for group in engine.optimizer.param_groups],
     }
 
@@ -144,8 +145,10 @@ def _prepare_optimizer(engine: Parts, stored: dict[str, Any] | None, path: Path)
         raise CheckpointError(
             f"{path} was saved by an engine without an optimizer. Load it with load_optimizer_states=False."
         )
-    load_settings(engine.optimizer.param_groups, [decode(group) for group in stored["groups"]])
-    engine.shards.prepare(stored["states"], stored["scalars"])
+    settings = [decode(group) for group in stored["groups"]]
+    check_fits(engine.shards.optimizer, stored, settings, path)
+    load_settings(engine.optimizer.param_groups, settings)
+    make_room(engine.shards, stored)
 
 
 def _scheduler_state(scheduler: Any) -> Any:

@@ -20,7 +20,7 @@ from megazero.zero.homes import FileTensor, Transfer
 
 
 class CutLike(Protocol):
-    """What is asked of a cut (engine/optimizer.py)."""
+    """What is asked of a cut (engine/cuts.py)."""
 
     @property
     def bucket(self) -> Bucket: ...
@@ -118,7 +118,7 @@ class StateFiles:
                     "NVMe. Use AdamW, whose state may, or keep the 8-bit one in memory: offload_optimizer cpu or none."
                 )
             address = (id(cut.bucket), cut.start, key)
-            if address not in self._files:
+            if address not in self._files or self._files[address].numel != tensor.numel():  # the cut was divided
                 name = f"{cut.bucket.placed[0].name}.{cut.start}.{key}"
                 self._files[address] = FileTensor(store, name, tensor.numel(), tensor.dtype)
             writing.states[cut.start, key] = tensor  # alive until it is written

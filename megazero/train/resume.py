@@ -16,6 +16,7 @@ from megazero.config.recipe import to_yaml
 from megazero.engine.checkpoint import latest_iteration, load, read_state, retain
 from megazero.engine.checkpoint import save as save_checkpoint
 from megazero.engine.lr import LearningRate, merge
+from megazero.engine.optimizer_record import make_room, record
 from megazero.train.setup import Run
 
 # Changing one of these in mid-run would change the order of the data without a word.
@@ -84,7 +85,7 @@ def resume_or_start(run: Run) -> tuple[Progress, LearningRate]:
             "Give the same optimizer, or start from its weights alone with --finetune and another --output-dir."
         )
     assert run.engine.shards is not None
-    run.engine.shards.prepare(state["optimizer"]["states"], state["optimizer"]["scalars"])
+    make_room(run.engine.shards, state["optimizer"])
     load(source, step, run.engine.pieces(for_save=False), run.topology.group("world"))
     run.engine.loaded()
     if run.engine.scaler is not None and state.get("loss_scaler") is not None:
@@ -101,11 +102,7 @@ def save(run: Run, progress: Progress, rate: LearningRate) -> None:
         "learning_rate": rate.state(),
         "data": _data_order(run),
         "loss_scaler": None if run.engine.scaler is None else run.engine.scaler.state(),
-        "optimizer": {
-            "kind": config.optimizer.optimizer,
-            "states": optimizer.state_keys(),
-            "scalars": optimizer.scalars(),
-        },
+        "optimizer": {"kind": config.optimizer.optimizer} | record(optimizer, run.topology.group("world")),
     }
     save_checkpoint(
         config.checkpoint.save,

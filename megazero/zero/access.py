@@ -71,12 +71,12 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
 
 
 def safe_get_full_optimizer_state(parameter: nn.Parameter, optim_state_key: str) -> Tensor | None:
-    """One whole optimizer state, e.g. exp_avg, fp32; None before the first step. Collective."""
+    """One whole optimizer state, e.g. exp_avg, fp32; None before the parameter's first step. Collective."""
     found = _find(parameter)
     if found is None:
         return None
     owner, bucket, place = found
-    buffers = owner.states(bucket, optim_state_key)
+    buffers = _states_of(owner, bucket, place, optim_state_key)
     known = all_reduce(torch.tensor(float(bool(buffers)), device=owner.zero.device), bucket.group, "max")
     return _whole(owner.zero, bucket, place, buffers) if bool(known) else None
 
@@ -98,8 +98,9 @@ def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
 def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Replace one optimizer state. Raises ValueError for a state that is not there."""
     owner, bucket, place = _must_find(parameter, value)
-    buffers = owner.states(bucket, optim_state_key)
-    if not buffers and list(bucket.parts(*bucket.owned)):
+    anywhere = owner.states(bucket, optim_state_key)
+    buffers = _states_of(owner, bucket, place, optim_state_key)
+    if not (buffers if place.overlap(*bucket.owned) else anywhere) and list(bucket.parts(*bucket.owned)):
         raise ValueError(
             f"{place.spec.name} has no optimizer state {optim_state_key!r}: states come with the first step"
         )
@@ -119,6 +120,10 @@ def write_weights(zero: Zero, bucket: Bucket, place: Placed, value: Tensor) -> N
             bucket.values[place.start : place.stop].copy_(flat)
         if bucket.parameters_sharded:
             _write(bucket, place, value, [(bucket.slice[0], bucket.shard)])
+
+
+def _states_of(owner: Owner, bucket: Bucket, place: Placed, key: str) -> list[tuple[int, Tensor]]:
+    return [(at, t) for at, t in owner.states(bucket, key) if place.overlap(at, at + t.numel()) is not None]
 
 
 def _find(parameter: nn.Parameter) -> tuple[Owner, Bucket, Placed] | None:

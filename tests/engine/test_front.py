@@ -216,6 +216,26 @@ def test_unused_parameters(ranks: Any) -> None:
     ranks.run(check_unused, 2)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_parameter_that_thaws_is_told_of(stage: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Frozen at initialize(), it is not trained later; one that was trained may freeze and thaw."""
+    model = make()
+    model.blocks[0].weight.requires_grad_(False)
+    engine = engine_of(model, config_of(stage))
+    before = masters_of(engine)["blocks.0.weight"].clone()
+    engine.module.head.bias.requires_grad_(False)
+    train(engine, 1)
+    engine.module.head.bias.requires_grad_(True)
+    train(engine, 1)
+    assert "not trained" not in capsys.readouterr().err
+    engine.module.blocks[0].weight.requires_grad_(True)
+    train(engine, 2)
+    said = capsys.readouterr().err
+    assert said.count("blocks.0.weight needed no gradient when initialize() was called, and need") == 1
+    assert said.count("they are not trained. Call initialize() again after requires_grad_(True), or let") == 1
+    assert torch.equal(masters_of(engine)["blocks.0.weight"], before)
+
+
 # a batch at a time
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from megazero.base.errors import CheckpointError
 from megazero.engine.engine import Engine
+from megazero.engine.optimizer_record import check_fits
 from megazero.engine.steps import latest_iteration
 from tests.engine.fronts import (
     LR,
@@ -222,6 +223,78 @@ def test_another_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"by an engine without an optimizer.*load_optimizer_states=False"):
         engine.load_checkpoint(tmp_path, "bare")
     engine.load_checkpoint(tmp_path, "bare", load_optimizer_states=False)
+
+
+ADAMW = {"type": "AdamW", "params": {"lr": LR}}
+
+
+def check_misfit(folder: Path) -> None:
+    """States of another optimizer are refused on every rank, before anything has changed."""
+    sgd = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+    bare = {"type": "SGD", "params": {"lr": 0.1}}
+    for tag, settings in (("adamw", ADAMW), ("sgd", sgd), ("bare", bare)):
+        engine = engine_of(config=config_of(optimizer=settings))
+        train(engine, 2)
+        engine.save_checkpoint(folder, tag)
+    kept = masters_of(engine)
+    message = r"has the states of AdamW \(exp_avg, exp_avg_sq\).*optimizer is SGD, which keeps others \(none\)\. "
+    with pytest.raises(CheckpointError, match=message + r"Load it with load_optimizer_states=False.*with AdamW"):
+        engine.load_checkpoint(folder, "adamw")
+    assert engine.get_lr() == [0.1] and engine.global_steps == 2
+    assert all(torch.equal(value, kept[name]) for name, value in masters_of(engine).items())
+    engine.load_checkpoint(folder, "adamw", load_optimizer_states=False)
+    assert engine.get_lr() == [0.1]
+    lion = {"type": "Lion", "params": {"lr": 1e-3}}
+    lamb = {"type": "Lamb", "params": {"lr": 1e-3}}
+    for settings, tag, fits in [
+        (sgd, "adamw", False),
+        (ADAMW, "sgd", False),
+        (ADAMW, "bare", False),
+        (lion, "adamw", False),
+        (sgd, "bare", True),
+        (bare, "sgd", True),
+        (ADAMW | {"params": {"lr": 1.0, "betas": [0.5, 0.5], "amsgrad": True}}, "adamw", True),
+        ({"type": "FusedAdam", "params": {"lr": LR}}, "adamw", True),
+        (lamb, "adamw", True),  # another family, with states of the same names
+    ]:
+        other = engine_of(config=config_of(optimizer=settings))
+        if fits:
+            other.load_checkpoint(folder, tag)
+            train(other, 1, first=2)
+            continue
+        with pytest.raises(CheckpointError, match="load_optimizer_states=False"):
+            other.load_checkpoint(folder, tag)
+
+
+def test_states_of_another_optimizer(ranks: Any, tmp_path: Path) -> None:
+    ranks.run(check_misfit, 2, tmp_path)
+
+
+class Holding(torch.optim.Optimizer):
+    """A script's own optimizer, which keeps `speed`."""
+
+    element_wise = True
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                self.state[parameter].setdefault("speed", torch.zeros_like(parameter)).add_(parameter.grad)
+                parameter.data.sub_(0.1 * self.state[parameter]["speed"])
+
+
+def test_checkpoints_that_do_not_say_whose_states_they_are() -> None:
+    where, settings = Path("here"), [{"lr": LR}]
+    for stored, fits in [(["speed"], True), (["exp_avg"], False), ([], True)]:
+        optimizer = Holding([nn.Parameter(torch.zeros(2))])
+        if fits:
+            check_fits(optimizer, {"states": stored}, settings, where)
+            continue
+        with pytest.raises(CheckpointError, match=r"of another optimizer \(exp_avg\).*is Holding.*others \(speed\)"):
+            check_fits(optimizer, {"states": stored}, settings, where)
+    assert not optimizer.state
 
 
 def test_a_checkpoint_of_a_pretraining_run(store: Path) -> None:

@@ -4,6 +4,7 @@
     cut        two optimizers over elements [0, 10), [10, 24)   3 steps      then ranks may hold cuts
 
 Each cut has an optimizer of its own, as each rank has, so numbers shared over all parameters (Prodigy's, say) show too.
+The same trial tells which states an optimizer keeps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import copy
 import inspect
 import random
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -105,22 +106,50 @@ def _worst_difference(optimizer: torch.optim.Optimizer) -> float | None:
     tried: list[dict[str, Any]] = []
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
+    with _untouched(device):
+        for group in optimizer.param_groups:
+            options = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr", "initial_lr")}
+            if repr(options) in map(repr, tried):
+                continue
+            tried.append(options)
+            whole, cut = _trained(optimizer, group, device, [24]), _trained(optimizer, group, device, [_CUT, 24])
+            worst = float((whole - cut).abs().max())
+            if not worst <= 2e-5 * float(whole.abs().max()):  # NaN is a difference too
+                return worst
+    return None
+
+
+def kept_states(optimizer: torch.optim.Optimizer, settings: Iterable[Mapping[str, Any]]) -> set[str] | None:
+    """Names of the per-element states that the optimizer keeps for groups with these hyper-parameters; None where it
+    cannot be tried."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        return kept_states(inner, settings)
+    if _is_eight_bit(type(optimizer)):
+        return None
+    names: set[str] = set()
+    try:
+        with _untouched(torch.device("cpu")):
+            for group, values in zip(optimizer.param_groups, settings, strict=False):
+                weight = nn.Parameter(torch.ones(4, 6))
+                twin = _twin(optimizer, {**group, **values}, weight)
+                _step(twin, weight, torch.ones(4, 6))
+                names |= {key for key, value in twin.state[weight].items() if isinstance(value, Tensor) and value.dim()}
+    except _CannotTry:
+        return None
+    return names
+
+
+@contextlib.contextmanager
+def _untouched(device: torch.device) -> Iterator[None]:
+    """Trials on this device draw from random states of their own, and are seen by nobody."""
     python_random = random.getstate()
     cuda = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _without_global_hooks():
-            for group in optimizer.param_groups:
-                options = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr", "initial_lr")}
-                if repr(options) in map(repr, tried):
-                    continue
-                tried.append(options)
-                whole, cut = _trained(optimizer, group, device, [24]), _trained(optimizer, group, device, [_CUT, 24])
-                worst = float((whole - cut).abs().max())
-                if not worst <= 2e-5 * float(whole.abs().max()):  # NaN is a difference too
-                    return worst
+            yield
     finally:
         random.setstate(python_random)
-    return None
 
 
 @contextlib.contextmanager
@@ -149,14 +178,18 @@ def _trained(optimizer: torch.optim.Optimizer, group: dict[str, Any], device: to
         weight = nn.Parameter(start[begin:end].reshape(shape).to(device))
         twin = _twin(optimizer, group, weight)
         for gradient in gradients:
-            weight.grad = gradient[begin:end].reshape(shape).clone()
-            try:
-                type(twin).step(twin)  # not twin.step, which a scheduler may have wrapped
-            except Exception as error:
-                raise _CannotTry(f"its step on small tensors failed ({type(error).__name__}: {error})") from error
+            _step(twin, weight, gradient[begin:end].reshape(shape).clone())
         trained.append(weight.detach().flatten())
         begin = end
     return torch.cat(trained)
+
+
+def _step(twin: torch.optim.Optimizer, weight: nn.Parameter, gradient: Tensor) -> None:
+    weight.grad = gradient
+    try:
+        type(twin).step(twin)  # not twin.step, which a scheduler may have wrapped
+    except Exception as error:
+        raise _CannotTry(f"its step on small tensors failed ({type(error).__name__}: {error})") from error
 
 
 def _twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: nn.Parameter) -> torch.optim.Optimizer:

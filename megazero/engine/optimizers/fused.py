@@ -62,7 +62,24 @@ class AdamW(_Fused, torch.optim.AdamW):
 
 
 class SGD(_Fused, torch.optim.SGD):
-    """torch.optim.SGD."""
+    """torch.optim.SGD. Its fused kernel cannot begin the momentum of some parameters while others have theirs (torch
+    2.13 raises a TypeError): a parameter whose first gradient comes later is given a buffer to go on from."""
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffer_list: list[Tensor | None],
+    ) -> Any:
+        has_sparse_grad = super()._init_group(group, params, grads, momentum_buffer_list)
+        new = [at for at, buffer in enumerate(momentum_buffer_list) if buffer is None]
+        if group.get("fused") and group["momentum"] and len(new) < len(momentum_buffer_list):
+            for at in new:  # the first buffer is the gradient g itself: momentum * b + (1 - dampening) * g = g
+                gradient = -grads[at] if group["maximize"] else grads[at]
+                gradient = gradient.add(params[at], alpha=group["weight_decay"])
+                momentum_buffer_list[at] = gradient.mul_(group["dampening"] / group["momentum"])
+        return has_sparse_grad
 
 
 class Adagrad(_Fused, torch.optim.Adagrad):
