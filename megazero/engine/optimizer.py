@@ -11,6 +11,7 @@ master, whose `.grad` is a view of the reduced gradients. Any element-wise torch
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,7 @@ class ShardOptimizer:
             number = index[place.parameter]
             return (number, place.name) if self.whole else (number, "")
 
+        self._given = [list(group["params"]) for group in self.optimizer.param_groups]
         groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
         self.cuts: list[Cut] = []
         for bucket, _, start, stop in zero.segments(key):
@@ -265,6 +267,17 @@ class ShardOptimizer:
         for bucket in self.zero.buckets:
             if self._is_filed(bucket):
                 self.files.put(bucket, self._by_bucket[id(bucket)], self.optimizer, wait=True)
+
+    def release(self) -> None:
+        """Free the states, and give the optimizer back the parameters that it was made over. It starts anew then."""
+        self.files.settle()
+        self.optimizer.state = defaultdict(dict)
+        for group, given in zip(self.optimizer.param_groups, self._given, strict=True):
+            group["params"] = given
+        for cut in self.cuts:
+            cut.flat.data = torch.empty(0)
+        self.cuts, self._by_bucket, self.files = [], {}, StateFiles()
+        del self.zero
 
     def _state(self, cut: Cut) -> dict[str, Any]:
         return dict(self.optimizer.state.get(cut.flat, {}))
