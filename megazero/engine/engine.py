@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,7 @@ from megazero.parallel.topology import Topology
 from megazero.zero.access import register
 from megazero.zero.buckets import Bucket
 from megazero.zero.configure import zero_of
+from megazero.zero.release import hand_back
 from megazero.zero.state_dict import register_hooks
 
 __all__ = ["DTYPES", "Engine", "LossSum", "StepResult", "pipeline_inputs"]
@@ -88,6 +90,7 @@ class Engine(Front, Queries):
         self.shards = None if chosen is None else ShardOptimizer(self.zero, chosen)
         register_hooks(self.zero)
         self.owner = register(self.zero, self._states_of)
+        self.owner.let_go = partial(self.let_go, exact=True)
         self.owner.factor = self._gradient_factor
         self.optimizer = None if self.shards is None else OptimizerView(self, self.shards)
         self.lr_scheduler: Any = None
@@ -107,8 +110,28 @@ class Engine(Front, Queries):
         )
         self.monitors: Monitors | None = None
         self.last: StepResult | None = None
+        self.let_go_by: str | None = None
         self.source: Mapping[str, Any] | None = None
         self._loss_is_scaled = False
+
+    def let_go(self, by: str, *, exact: bool = False) -> None:
+        """Give the module back, as `destroy` says; this engine is of no more use. Collective.
+
+        Args:
+            by: what asked for it, for the error of who uses the engine still.
+            exact: 16-bit parameters get the values and the type of their fp32 masters.
+
+        Raises ConfigError inside a GatheredParameters block.
+        """
+        if self.let_go_by is not None:
+            return
+        hand_back(self.zero, exact=exact)
+        if self.shards is not None:
+            self.shards.release()
+        self.zero.homes.close()
+        self.let_go_by = by
+        self.optimizer = self.lr_scheduler = self.pipeline = None
+        del self.zero, self.shards, self.owner
 
     def use_pipeline(self, make: Callable[[Callable[[nn.Module], None]], Pipeline]) -> None:
         """Train through a pipeline of this module's stages from now on. `make` gets what the pipeline is to call when a

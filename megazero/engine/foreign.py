@@ -16,6 +16,7 @@ from megazero.engine.prepare import equalize
 from megazero.parallel.collectives import broadcast
 from megazero.parallel.foreign import part_of, sum_gradients
 from megazero.parallel.foreign_plan import COUNTS, Policy, Split, is_output, plan_of
+from megazero.parallel.sharding import has_spec
 from megazero.parallel.topology import AxisGroup, Topology
 from megazero.zero.init import forget, slice_of
 
@@ -40,7 +41,7 @@ def shard_foreign(
     layer whose weight another one shares.
     """
     tp = topology.group("tp")
-    if tp.size == 1 or any(hasattr(parameter, "shard_spec") for parameter in module.parameters()):
+    if tp.size == 1 or any(map(has_spec, module.parameters())):
         return module
     plan, shared = plan_of(module, policy, tp.size), _shared(module)
     _check_ties(plan.splits, shared)

@@ -34,6 +34,7 @@ from megazero.engine.prepare import check_real, equalize, move_buffers
 from megazero.engine.units import units_of
 from megazero.parallel.pipeline_module import PipelineModule
 from megazero.parallel.topology import Topology
+from megazero.zero.release import release_model
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | DeepSpeedConfig | RunConfig
 Initialized = tuple[Engine, Any, Any, Any]
@@ -72,7 +73,8 @@ def initialize(
     Args:
         args: a namespace with `deepspeed_config`, the path of a configuration, in place of `config`.
         model: any nn.Module (Hugging Face models too), or a PipelineModule. Ranks of one ZeRO group start from its
-            first one's values.
+            first one's values. One that an engine holds is taken from it, with its last weights: that engine is of no
+            more use.
         optimizer: a torch optimizer over the model's parameters, or a function that makes one of them; by default the
             configuration's. Without either nothing is trained.
         model_parameters: parameters or groups for the optimizer; by default all that need a gradient.
@@ -102,6 +104,7 @@ def initialize(
     settings = _settle(source, topology, model, device, own_scheduler=lr_scheduler is not None)
     if settings.report:
         log.main(settings.report)
+    release_model(model, "initialize() of its module")
     _apply_pipeline_options(model, settings.options, log)
     gone = spread_experts(model, topology, device, every_layer=_size(source, "expert_model_parallel_size") > 1)
     model = _prepared(model, topology, mpu, device, settings.config)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megazero.base.errors import ConfigError
-from megazero.parallel.sharding import ShardSpec, split
+from megazero.parallel.sharding import ShardSpec, has_spec, split
 from megazero.parallel.topology import AxisGroup, Topology
 from megazero.parallel.traffic import Traffic
 
@@ -49,7 +49,7 @@ def give_specs(module: nn.Module, topology: Topology) -> None:
     tp = topology.group("tp")
     for name, parameter in module.named_parameters():
         marked = getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "model_parallel", False)
-        if tp.size == 1 or not marked or hasattr(parameter, "shard_spec"):
+        if tp.size == 1 or not marked or has_spec(parameter):
             continue
         dim = max(int(getattr(parameter, "partition_dim", 0)), 0)
         shape = tuple(n * (tp.size if d == dim else 1) for d, n in enumerate(parameter.shape))

@@ -13,7 +13,7 @@ some parameters of a cut have no gradient in a step it is divided for good (cuts
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -64,6 +64,7 @@ class ShardOptimizer:
             number = index[place.parameter]
             return (number, place.name) if self.whole else (number, "")
 
+        self._given = [list(group["params"]) for group in self.optimizer.param_groups]
         groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
         self._by_bucket: dict[int, list[Cut]] = {id(bucket): [] for bucket in zero.buckets}
         for bucket, _, start, stop in zero.segments(key):
@@ -270,6 +271,17 @@ class ShardOptimizer:
         for bucket in self.zero.buckets:
             if self._is_filed(bucket):
                 self.files.put(bucket, self._by_bucket[id(bucket)], self.optimizer, wait=True)
+
+    def release(self) -> None:
+        """Free the states, and give the optimizer back the parameters that it was made over. It starts anew then."""
+        self.files.settle()
+        self.optimizer.state = defaultdict(dict)
+        for group, given in zip(self.optimizer.param_groups, self._given, strict=True):
+            group["params"] = given
+        for cut in self.cuts:
+            cut.flat.data = torch.empty(0)
+        self.cuts, self._by_bucket, self.files = [], {}, StateFiles()
+        del self.zero
 
     def _state(self, cut: Cut) -> dict[str, Any]:
         return dict(self.optimizer.state.get(cut.flat, {}))

@@ -8,14 +8,14 @@ from torch import nn
 from megazero.base.errors import ConfigError
 from megazero.parallel.collectives import broadcast
 from megazero.parallel.expert import spread_modules
-from megazero.parallel.sharding import spec_of
+from megazero.parallel.sharding import has_spec, spec_of
 from megazero.parallel.topology import Topology
 from megazero.zero.init import slice_of
 
 
 def check_real(module: nn.Module) -> None:
     """Raises ConfigError for parameters on meta that nobody knows how to fill."""
-    empty = [n for n, p in module.named_parameters() if p.is_meta and not hasattr(p, "shard_spec")]
+    empty = [n for n, p in module.named_parameters() if p.is_meta and not has_spec(p)]
     if empty:
         raise ConfigError(
             f"{len(empty)} parameters are on the meta device, {empty[0]} for one, and have no values to start from. "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megazero.base.errors import ConfigError
 from megazero.base.launch import Launch
 from megazero.engine import saving, whole
 from megazero.engine.parts import Parts
@@ -43,6 +44,12 @@ class Queries(Parts):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "module" not in self.__dict__:
             raise AttributeError(name)
+        if name in ("zero", "shards", "owner") and self.__dict__.get("let_go_by"):
+            raise ConfigError(
+                f"this engine was let go by {self.let_go_by}, and has neither parameters nor an optimizer any more. "
+                "Use the engine that the last initialize() returned, or engine.module as an ordinary module. (A Trainer of "
+                "transformers keeps this engine: set trainer.model_wrapped = trainer.model before its next train().)"
+            )
         try:
             return getattr(self.module, name)
         except AttributeError:
@@ -76,8 +83,17 @@ class Queries(Parts):
             block.forward = torch.compile(block.forward, backend=backend, **(compile_kwargs or {}))
 
     def destroy(self) -> None:
-        """Let go of the optimizer and its state; the module stays, for inference."""
-        self.shards, self.optimizer, self.lr_scheduler = None, None, None
+        """Give the module back as an ordinary one, with the weights of the last step and without hooks, and free
+        masters, optimizer states, gradients and files. The engine is of no more use. Collective.
+
+        At stages 0-2 parameters are whole, in the model's type. At stage 3 they are slices as `megazero.zero.Init`
+        leaves them: `GatheredParameters` shows their values, and `initialize` takes them over. `initialize` on a module
+        that an engine holds does the same by itself, and from 16-bit models takes the fp32 masters. `del engine` frees
+        nothing while the module lives, whose hooks hold the engine.
+
+        Raises ConfigError inside a GatheredParameters block.
+        """
+        self.let_go("engine.destroy()")
 
     # counters and sizes
 
@@ -176,7 +192,7 @@ class Queries(Parts):
     def state_dict(self) -> dict[str, Any]:
         """The module's own state dict, of whole tensors, at every stage. Collective at stage 3, where they are copies
         on every rank; `consolidated_state_dict` needs that room on one rank only, in CPU memory."""
-        found: dict[str, Any] = self.module.state_dict()
+        found: dict[str, Any] = self.zero.model.state_dict()
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
@@ -184,7 +200,7 @@ class Queries(Parts):
 
         Returns (missing_keys, unexpected_keys); with `strict` raises RuntimeError, as torch does, when there are any.
         """
-        return self.module.load_state_dict(state_dict, strict)
+        return self.zero.model.load_state_dict(state_dict, strict)
 
     def consolidated_state_dict(
         self, fp32: bool = False, *, exclude_frozen_parameters: bool = False

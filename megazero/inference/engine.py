@@ -27,6 +27,7 @@ from megazero.inference.graph import GraphedForward
 from megazero.inference.settings import DTYPES, InferenceSettings, Source, engine_settings, read_settings
 from megazero.inference.weights import load_weights
 from megazero.parallel.topology import Topology
+from megazero.zero.release import release_model
 
 
 class InferenceEngine:
@@ -115,6 +116,7 @@ def init_inference(model: nn.Module | None = None, config: Source | None = None,
         log.main(f"init_inference: {key} has no effect: {reason}")
     _choose_kernels(model, settings, device, log)
     resolved = resolve_deepspeed(source, data_parallel_size=topology.size("dp"), model=facts_of(model))
+    release_model(model, "init_inference() of its module")
     model = shard_foreign(model, topology, device, policy=settings.injection_policy)
     if settings.zero.get("stage") == 3:
         equalize(model, topology, device)

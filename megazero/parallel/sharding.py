@@ -84,6 +84,11 @@ def split(dim: int, shape: tuple[int, ...], part: int, parts: int) -> Box:
     return Box(offset, tuple(length if d == dim else n for d, n in enumerate(shape)))
 
 
+def has_spec(parameter: nn.Parameter) -> bool:
+    """Whether the parameter says itself what part of it is here."""
+    return getattr(parameter, "shard_spec", None) is not None
+
+
 def spec_of(name: str, parameter: nn.Parameter) -> ShardSpec:
     """The parameter's own spec, or that of an unsplit tensor for modules that know nothing of megazero."""
     spec = getattr(parameter, "shard_spec", None)

@@ -14,7 +14,7 @@ process is not a special case.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -45,6 +45,9 @@ class AxisGroup:
     def size(self) -> int:
         return len(self.ranks)
 
+    def __deepcopy__(self, memo: Any) -> AxisGroup:
+        return self  # the same ranks, in the copy of a module too
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -67,6 +70,9 @@ class Topology:
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
     """What this rank has handed to the network so far."""
     _subgroups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
+
+    def __deepcopy__(self, memo: Any) -> Topology:
+        return self
 
     def __post_init__(self) -> None:
         _check_at_least_one(**self.sizes)

@@ -8,6 +8,7 @@ under tensor parallelism). The names are DeepSpeed's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +20,41 @@ from megazero.zero.zero import Zero
 
 # An attribute, not a global map: the owner holds its parameters, so that a map would keep both for ever.
 _OWNER = "_megazero_owner"
+States = Callable[[Bucket, str], list[tuple[int, Tensor]]]
 
 
 class Owner:
     """What stands behind a parameter: its Zero, and where the optimizer keeps its states."""
 
-    def __init__(self, zero: Zero, states: Callable[[Bucket, str], list[tuple[int, Tensor]]]) -> None:
+    def __init__(self, zero: Zero, states: States) -> None:
         self.zero, self.states = zero, states
         self.factor: Callable[[], float] = lambda: 1.0
         """What the reduced gradients are multiplied by, to be the mean that the optimizer sees."""
+        self.let_go: Callable[[str], None] | None = None
+        """Makes its engine let go of the model; told who asks for it. None: there is no engine."""
+
+    def __reduce__(self) -> Any:  # a pickled parameter has no owner
+        return type(None), ()
 
 
-def register(zero: Zero, states: Callable[[Bucket, str], list[tuple[int, Tensor]]]) -> Owner:
+def register(zero: Zero, states: States) -> Owner:
     """Let the functions of this file find the parameters of `zero`. `states`: per-element optimizer states of a bucket
     by name, each with its first element; empty for a state that is not there.
 
-    The engine sets `factor` of what is returned.
+    The engine sets `factor` and `let_go` of what is returned.
     """
     owner = Owner(zero, states)
     for parameter in zero.model.parameters():
         setattr(parameter, _OWNER, owner)
     return owner
+
+
+def unregister(zero: Zero) -> None:
+    """Undo `register`, where no later engine has registered itself."""
+    for parameter in zero.model.parameters():
+        owner = owner_of(parameter)
+        if owner is not None and owner.zero is zero:
+            delattr(parameter, _OWNER)
 
 
 def owner_of(parameter: nn.Parameter) -> Owner | None:

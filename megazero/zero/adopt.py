@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from megazero.parallel.sharding import spec_of, whole
+from megazero.parallel.sharding import ShardSpec, has_spec, spec_of, whole
 from megazero.parallel.topology import Topology
 from megazero.zero.buckets import ALIGNMENT, Placed, innermost
 from megazero.zero.init import forget, slice_of
@@ -44,8 +45,13 @@ def with_leaves(model: nn.Module, units: list[str], ranks: int) -> list[str]:
     return found
 
 
-def settle_others(model: nn.Module, placed: set[nn.Parameter], dtype: torch.dtype, device: torch.device) -> None:
+Dropped = dict[nn.Parameter, RemovableHandle]
+"""Parameters whose gradients are dropped, each with what ends that."""
+
+
+def settle_others(model: nn.Module, placed: set[nn.Parameter], dtype: torch.dtype, device: torch.device) -> Dropped:
     """Move parameters that are in no bucket to the device, floating ones in the model's type."""
+    dropped: Dropped = {}
     for parameter in model.parameters():
         if parameter not in placed:
             if (known := slice_of(parameter)) is not None:
@@ -53,26 +59,40 @@ def settle_others(model: nn.Module, placed: set[nn.Parameter], dtype: torch.dtyp
                 forget(parameter)
             kind = dtype if parameter.is_floating_point() else parameter.dtype
             parameter.data = parameter.data.to(device=device, dtype=kind)
-            drop_gradients([parameter])
+            dropped |= drop_gradients([parameter])
+    return dropped
 
 
-def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> Dropped:
     """Those of parameters that are not the optimizer's have no use."""
-    for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    return {p: p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters if p.requires_grad}
 
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+class AssumedSpec(ShardSpec):
+    """Of a parameter that said nothing itself. It is true for one engine: a pickled parameter is without it."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 def give_specs(model: nn.Module, topology: Topology) -> None:
     """Describe the parameters of modules that know nothing of megazero: whole, and equal on all tp ranks."""
     for name, parameter in model.named_parameters():
-        if not hasattr(parameter, "shard_spec"):
-            spec = replace(whole(name, tuple(parameter.shape)), replicas=topology.group("tp").ranks)
-            parameter.shard_spec = spec  # type: ignore[attr-defined]
+        if not has_spec(parameter):
+            spec = whole(name, tuple(parameter.shape))
+            assumed = AssumedSpec(spec.name, spec.shape, spec.boxes, topology.group("tp").ranks)
+            parameter.shard_spec = assumed  # type: ignore[attr-defined]
+
+
+def forget_specs(model: nn.Module) -> None:
+    """Undo `give_specs`: in the next engine names and ranks may be others."""
+    for parameter in model.parameters():
+        if isinstance(getattr(parameter, "shard_spec", None), AssumedSpec):
+            del parameter.shard_spec  # type: ignore[attr-defined]
 
 
 def leave_meta(model: nn.Module, device: torch.device) -> set[nn.Parameter]:

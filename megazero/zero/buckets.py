@@ -227,6 +227,19 @@ class Bucket:
             assert self._shard is not None
             self._shard.copy_(master, non_blocking=True)
 
+    def has_uncast_masters(self) -> bool:
+        """Whether the masters hold what a cast to the model's type has taken from the values."""
+        return self.trainable and self.dtype != torch.float32
+
+    def free_gradients(self) -> None:
+        """Let go of their memory. The bucket takes no more of them."""
+        self.grads = self._reduced = None
+
+    def free(self) -> None:
+        """Let go of all memory. The bucket is of no more use."""
+        self.free_gradients()
+        self.values = self._shard = self._master = None
+
     def parts(self, start: int, stop: int) -> Iterable[tuple[Placed, int, int]]:
         """The parameters within elements [start, stop), each with its overlap."""
         for place in self.placed:

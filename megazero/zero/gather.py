@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
+from megazero.base.errors import ConfigError
 from megazero.parallel.collectives import Pending, all_gather_slices
 from megazero.zero.buckets import Bucket
 from megazero.zero.homes import Transfer
+from megazero.zero.hooks import Hook
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Gatherer:
         self._forward, self._backward = Chain(), Chain()
         self._hooks: list[saved_tensors_hooks | None] = []
         self._hooked: set[nn.Module] = set()
+        self._handles: list[RemovableHandle] = []
         self._register(model, units)
 
     def _register(self, model: nn.Module, units: list[str]) -> None:
@@ -110,8 +113,10 @@ class Gatherer:
 
     def _hook(self, module: nn.Module, unit: str, indices: list[int]) -> None:
         self._hooked.add(module)
-        module.register_forward_pre_hook(partial(_before, self, unit, indices), prepend=True)
-        module.register_forward_hook(partial(_after, self, indices), always_call=True)
+        self._handles += [
+            module.register_forward_pre_hook(Hook(_before, self, unit, indices), prepend=True),
+            module.register_forward_hook(Hook(_after, self, indices), always_call=True),
+        ]
 
     def also_root(self, module: nn.Module) -> None:
         """Let the forward of this module, which is called instead of the model's own (a pipeline's stage), gather what
@@ -309,6 +314,26 @@ class Gatherer:
             if not self._depth:
                 self.let_go(index)
 
+    def take_off(self) -> None:
+        """Take the hooks off the modules."""
+        for handle in self._handles:
+            handle.remove()
+
+    def is_pinned(self) -> bool:
+        """Whether a block (`GatheredParameters`) or a running forward holds parameters."""
+        return bool(self._pinned or self._depth)
+
+    def refuse_copy(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Raises ConfigError when one of these is not whole, so that its copy would have no values."""
+        away = [tuple(p.shape) for p in parameters if p in self.of and self.of[p] not in self._live]
+        if away:
+            raise ConfigError(
+                f"a module whose parameters (one of shape {away[0]}) are spread over ranks, or in CPU memory or files, "
+                "by ZeRO stage 3 cannot be copied or pickled: this rank has not got their values. Copy it inside "
+                "`with GatheredParameters(list(module.parameters())):`, or load engine.consolidated_state_dict() into "
+                "a fresh model."
+            )
+
 
 def _roots(model: nn.Module) -> list[nn.Module]:
     """The modules that are called from outside: the parts of a list, which itself is not."""
@@ -326,9 +351,10 @@ class OnAccess(dict[str, nn.Parameter | None]):
         parameters: dict[str, nn.Parameter | None],
         before: Callable[[nn.Parameter], None],
         listed: Callable[[nn.Parameter], None],
+        before_copy: Callable[[Iterable[nn.Parameter]], None],
     ) -> None:
         super().__init__(parameters)
-        self._before, self._listed = before, listed
+        self._before, self._listed, self._before_copy = before, listed, before_copy
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
         parameter = super().__getitem__(name)
@@ -343,7 +369,19 @@ class OnAccess(dict[str, nn.Parameter | None]):
         return super().items()
 
     def __reduce__(self) -> Any:  # a copied or pickled module is an ordinary one
-        return dict, (dict(super().items()),)
+        plain = self.plain()
+        self._before_copy(p for p in plain.values() if p is not None)
+        return dict, (plain,)
+
+    def plain(self) -> dict[str, nn.Parameter | None]:
+        """The same as an ordinary dictionary."""
+        return dict(dict.items(self))
+
+
+def stop_watching(module: nn.Module) -> None:
+    """Give a module an ordinary `_parameters` again."""
+    if isinstance(module._parameters, OnAccess):
+        module._parameters = module._parameters.plain()
 
 
 def in_backward() -> bool:

@@ -6,7 +6,6 @@ the model's type, so that the next update goes on from there. Both are collectiv
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from megazero.zero.access import write_master, write_weights
 from megazero.zero.buckets import Bucket, Placed
 from megazero.zero.gather import Gatherer
+from megazero.zero.hooks import Hook
 from megazero.zero.zero import Zero
 
 
@@ -28,17 +28,17 @@ def register_hooks(zero: Zero) -> None:
             continue
         parameters = [place.parameter for _, place in own.values()]
         indices = [] if gatherer is None else sorted({gatherer.of[p] for p in parameters if p in gatherer.of})
-        module.register_load_state_dict_pre_hook(partial(_before_load, zero, own, indices))
-        module.register_load_state_dict_post_hook(partial(_after_load, gatherer, indices))
-        module.register_state_dict_pre_hook(partial(_before_save, zero, indices))
+        zero.hung(module.register_load_state_dict_pre_hook(Hook(_before_load, zero, own, indices)))
+        zero.hung(module.register_load_state_dict_post_hook(Hook(_after_load, gatherer, indices)))
+        zero.hung(module.register_state_dict_pre_hook(Hook(_before_save, zero, indices)))
         if gatherer is not None and indices:
-            module.register_state_dict_post_hook(partial(_after_save, gatherer, indices, list(own)))
+            zero.hung(module.register_state_dict_post_hook(Hook(_after_save, gatherer, indices, list(own))))
     if gatherer is not None:  # once a unit, not once for each module inside it
         modules = dict(zero.model.named_modules())
         for unit, indices in gatherer.units.items():
             if unit and any(True for _ in modules[unit].children()):
-                modules[unit].register_state_dict_pre_hook(partial(_before_save, zero, indices))
-                modules[unit].register_state_dict_post_hook(partial(_after_save, gatherer, indices, []))
+                zero.hung(modules[unit].register_state_dict_pre_hook(Hook(_before_save, zero, indices)))
+                zero.hung(modules[unit].register_state_dict_post_hook(Hook(_after_save, gatherer, indices, [])))
 
 
 def _before_save(zero: Zero, indices: list[int], module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -17,14 +17,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megazero.parallel.collectives import Pending, all_gather_slices
 from megazero.parallel.sharding import Box, spec_of, spec_slice_boxes
 from megazero.parallel.topology import AxisGroup, Topology
 from megazero.zero.adopt import drop_gradients, give_specs, leave_meta, settle_others, values_of, with_leaves
 from megazero.zero.buckets import Bucket, Placed, innermost, make_buckets
-from megazero.zero.gather import Gatherer, Limits, OnAccess
+from megazero.zero.gather import Gatherer, Limits, OnAccess, stop_watching
 from megazero.zero.homes import Homes
+from megazero.zero.hooks import Hook
 from megazero.zero.reduction import Reduction
 from megazero.zero.stages import STAGES
 
@@ -85,7 +87,10 @@ class Zero:
                 shard_parameters=self._shards_parameters and not self._stays_whole(bucket),
                 place=self.homes.place(bucket.length if bucket.trainable else 0, bucket.width),
             )
-        settle_others(model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device)
+        self._undo: list[Callable[[], None]] = []
+        self.dropped = settle_others(
+            model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device
+        )
         self.buckets = [bucket for bucket in buckets if bucket.trainable]
         """Of parameters that are trained, in about the order in which backward fills them."""
         self.frozen = [bucket for bucket in buckets if not bucket.trainable]
@@ -98,7 +103,7 @@ class Zero:
             wire_dtype=wire_dtype,
         )
         for bucket in self.frozen:
-            drop_gradients(place.parameter for place in bucket.placed)
+            self.dropped |= drop_gradients(place.parameter for place in bucket.placed)
         self.gatherer: Gatherer | None = None
         sharded = [bucket for bucket in buckets if bucket.parameters_sharded]
         if sharded:
@@ -111,13 +116,15 @@ class Zero:
     def _register(self, units: list[str]) -> None:
         """Learn of gradients as they come, and of parameters before they are read."""
         for parameter in self.reduction.home:
-            parameter.register_post_accumulate_grad_hook(partial(_ready, weakref.ref(self)))
+            self.hung(parameter.register_post_accumulate_grad_hook(partial(_ready, weakref.ref(self))))
         overlaps = self.overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1
         if overlaps:
             self._wait_before_use(self.model, units)
         if overlaps or self.gatherer is not None:
             for module in self.model.modules():
-                module._parameters = OnAccess(module._parameters, self._before_read, self._wait_for)
+                watched = (self._before_read, self._wait_for, self._before_copy)
+                module._parameters = OnAccess(module._parameters, *watched)
+                self._undo.append(partial(stop_watching, module))
 
     def _lay_out(
         self,
@@ -269,7 +276,7 @@ class Zero:
                 continue  # the unit has waited
             indices = {home[p][0] for p in module.parameters(recurse=name in at_once) if p in home}
             if indices:
-                module.register_forward_pre_hook(partial(_wait_hook, self, sorted(indices)))
+                self.hung(module.register_forward_pre_hook(Hook(_wait_hook, self, sorted(indices))))
 
     def _before_read(self, parameter: nn.Parameter) -> None:
         """A module's parameter is read, perhaps by code that never calls the module."""
@@ -280,6 +287,26 @@ class Zero:
     def _wait_for(self, parameter: nn.Parameter) -> None:
         if self._gathers and (found := self.reduction.home.get(parameter)) is not None:
             self.wait_parameters([found[0]])
+
+    def _before_copy(self, parameters: Iterable[nn.Parameter]) -> None:
+        """A module with these is copied or pickled."""
+        self.wait_parameters()
+        if self.gatherer is not None:
+            self.gatherer.refuse_copy(parameters)
+
+    # letting go
+
+    def hung(self, handle: RemovableHandle) -> None:
+        """Remember how to take it off the module."""
+        self._undo.append(handle.remove)
+
+    def take_off(self) -> None:
+        """Take off what hangs on the module and its parameters. No gradient is taken any more."""
+        for undo in [*self._undo, *(handle.remove for handle in self.dropped.values())]:
+            undo()
+        if self.gatherer is not None:
+            self.gatherer.take_off()
+        self._undo, self.dropped = [], {}
 
     # what the optimizer, the clip and the checkpoint see
 

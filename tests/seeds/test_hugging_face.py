@@ -113,6 +113,36 @@ def test_trainer_at_stage_3_and_its_resume(tmp_path: Path) -> None:
     assert resumed[1:] == [losses, evaluated]
 
 
+AGAIN = """
+import json
+from transformers import Trainer, TrainingArguments
+training_args = TrainingArguments(
+    output_dir="./results", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, save_strategy="no",
+    lr_scheduler_type="constant", logging_steps=1, seed=1, deepspeed={
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": 1}}, use_cpu=not torch.cuda.is_available(),
+)
+trainer = Trainer(model=model, args=training_args, train_dataset=train_dataset[:32])
+for _ in range(2):
+    trainer.model_wrapped = trainer.model
+    trainer.train()
+    print(json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+try:
+    trainer.train()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_trainer_trains_again(tmp_path: Path) -> None:
+    """The second train() starts from the weights of the first; without the remedy the error says which."""
+    tiny.gpt2(tmp_path)
+    *_, first, second, said = script(tmp_path, GPT2, AGAIN).splitlines()
+    before, after = json.loads(first), json.loads(second)
+    assert len(before) == 4 and len(after) == 4 and after[0] < before[0] - 0.01
+    assert "let go by engine.destroy()" in said and "set trainer.model_wrapped = trainer.model" in said
+
+
 def test_accelerate(tmp_path: Path) -> None:
     tiny.gpt2(tmp_path)
     before = """
