@@ -19,6 +19,8 @@ from megazero.config.deepspeed_reading import AUTO, Reading
 from megazero.config.deepspeed_report import KeyReport
 from megazero.config.fields import flag_of
 from megazero.config.layers import RIVALS, Layer, Setting, assemble
+from megazero.config.recompute_rules import nothing_to_partition
+from megazero.config.schema import ParallelConfig
 
 _BETAS = ("optimizer.adam_beta1", "optimizer.adam_beta2")
 _KEYS = {
@@ -110,7 +112,7 @@ def _contradictions(label: str, settings: Layer, flags: Layer) -> list[str]:
     return problems
 
 
-def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: Any) -> list[tuple[str, str]]:
+def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: ParallelConfig) -> list[tuple[str, str]]:
     """What has a meaning for initialize() and none in pretraining; partitioned activations where nothing is to divide
     are taken out of the layer."""
     found = []
@@ -125,9 +127,8 @@ def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: An
         if path in known:
             found.append((path, reason))
     partition = layer.get("recompute.partition_activations")
-    tp = parallel.tensor_model_parallel_size
-    if partition is not None and partition.value and (tp == 1 or parallel.sequence_parallel is not False):
-        reason = "there are no tensor-parallel ranks" if tp == 1 else "sequence parallelism divides them already"
+    reason = nothing_to_partition(parallel)
+    if partition is not None and partition.value and reason:
         layer["recompute.partition_activations"] = partition._replace(value=False)
         found.append(("activation_checkpointing.partition_activations", reason))
     return found
