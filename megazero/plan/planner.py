@@ -111,7 +111,7 @@ def _with_deepspeed(
 
 
 def _planned(config: RunConfig) -> dict[str, Setting]:
-    """What a plan takes otherwise than the file says it: auto as on a GPU, parts of activations where there are some."""
+    """What a plan takes otherwise than the file: auto as on a GPU, parts of activations where there are any."""
     found = {}
     if config.training.precision == "auto":
         found["training.precision"] = Setting("bf16", "auto on a GPU")

@@ -74,8 +74,8 @@ def describe_run(size: ModelSize, count: int, config: RunConfig, machines: Machi
     return [
         f"model     {size.name}: {count:,} parameters, {assumed}{model.num_layers} layers of {model.hidden_size:,}",
         f"step      {training.gradient_accumulation_steps or 1} × {training.micro_batch_size} × "
-        f"{config.data.seq_length:,} tokens a rank (accumulation × micro-batch × sequence); {training.precision} weights, "
-        f"{kept} gradients, {config.optimizer.optimizer}{again}",
+        f"{config.data.seq_length:,} tokens a rank (accumulation × micro-batch × sequence); "
+        f"{training.precision} weights, {kept} gradients, {config.optimizer.optimizer}{again}",
         *_buckets(parallel.ddp_bucket_size, parallel.stage3_prefetch_bucket_size, config),
     ]
 
