@@ -30,7 +30,7 @@ _KEYS = {
     "weight_decay": ("optimizer.weight_decay",),
 }
 _ADAM: dict[str, Any] = {"betas": [0.9, 0.999], "eps": 1e-8}
-_TYPES: dict[str, tuple[str, bool | None, dict[str, Any]]] = {
+TYPES: dict[str, tuple[str, bool | None, dict[str, Any]]] = {
     "adam": ("adam", False, {**_ADAM, "weight_decay": 0.0}),
     "adamw": ("adam", True, {**_ADAM, "weight_decay": 0.01}),
     "fusedadam": ("adam", True, {**_ADAM, "weight_decay": 0.01}),
@@ -135,14 +135,14 @@ def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: Pa
 
 
 def _optimizer(said: Reading, soft: dict[str, Setting], named: Named) -> None:
-    if named.folded not in _TYPES:
+    if named.folded not in TYPES:
         said.problem(
             "optimizer.type",
             f"{named.type} is not one of pretraining's optimizers. Use AdamW, Adam, SGD, Adagrad, Lamb, Lion, Muon or "
             f"AdamW8bit.",
         )
         return
-    name, decoupled, defaults = _TYPES[named.folded]
+    name, decoupled, defaults = TYPES[named.folded]
     path = "optimizer.type"
     said.set(path, "optimizer.optimizer", name)
     mode = named.params.get("adam_w_mode", named.params.get("decoupled_weight_decay", decoupled))

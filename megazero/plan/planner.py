@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from megazero.base.errors import ConfigError
-from megazero.config.deepspeed import DeepSpeedConfig, read_deepspeed, resolve_deepspeed
+from megazero.config.deepspeed import DeepSpeedConfig, ResolvedDeepSpeed, read_deepspeed, resolve_deepspeed
 from megazero.config.deepspeed_source import read_tree
 from megazero.config.facts import ModelFacts
 from megazero.config.layers import Setting, assemble, with_settings
@@ -25,6 +25,7 @@ from megazero.plan.cut import cut_layers
 from megazero.plan.flops import parameter_count
 from megazero.plan.ladder import Machines, Row, Rung, gentler, recommended, walk
 from megazero.plan.model_size import ModelSize, model_size
+from megazero.plan.optimizer_state import optimizer_settings, uncounted
 from megazero.plan.parameters import parameters
 from megazero.plan.recommendation import as_lines, ds_config_of, flags_of
 from megazero.plan.table import describe_machines, describe_run, name_of, seconds, table
@@ -47,7 +48,9 @@ def plan(words: Sequence[str]) -> int:
     rungs = list(walk(config, machines, None if size.given is None and not size.extra else count // tp))
     own = next((row for row in rungs[0].rows if row.config == config), None) if ds else None
     found = recommended(rungs)
-    print("\n".join([*describe_run(size, count, config, machines), *describe_machines(machines), ""]))
+    named = ds.optimizer if ds is not None else None
+    optimizer = config.optimizer.optimizer if named is None else f"{named.type}{uncounted(named)}"
+    print("\n".join([*describe_run(size, count, config, optimizer), *describe_machines(machines), ""]))
     shown = found[1] if found and found[0] is rungs[0] else None
     print("\n".join([*table(rungs[0].rows, own, shown), ""]))
     if own is not None and ds is not None:
@@ -107,12 +110,13 @@ def _with_deepspeed(
         raise ConfigError(f"--world-size {machines.world_size} is no multiple of tensor parallelism's {tp} ranks.")
     opened = dataclasses.replace(ds, settings=settings, scheduler=None)
     resolved = resolve_deepspeed(opened, data_parallel_size=machines.world_size // tp, model=facts)
-    return resolve(with_settings(resolved.config, own | _planned(resolved.config)), machines.world_size)
+    return resolve(with_settings(resolved.config, own | _planned(resolved)), machines.world_size)
 
 
-def _planned(config: RunConfig) -> dict[str, Setting]:
+def _planned(resolved: ResolvedDeepSpeed) -> dict[str, Setting]:
     """What a plan takes otherwise than the file: auto as on a GPU, parts of activations where there are any."""
-    found = {}
+    config = resolved.config
+    found = {} if resolved.optimizer is None else optimizer_settings(resolved.optimizer)
     if config.training.precision == "auto":
         found["training.precision"] = Setting("bf16", "auto on a GPU")
     if config.recompute.partition_activations and nothing_to_partition(config.parallel):

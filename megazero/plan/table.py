@@ -65,8 +65,8 @@ def name_of(row: Row) -> str:
     return ", ".join(words)
 
 
-def describe_run(size: ModelSize, count: int, config: RunConfig, machines: Machines) -> list[str]:
-    """Model, batch, precision, and the buckets in bytes."""
+def describe_run(size: ModelSize, count: int, config: RunConfig, optimizer: str) -> list[str]:
+    """Model, batch, precision, the optimizer as its user calls it, and the buckets in bytes."""
     model, training, parallel = config.model, config.training, config.parallel
     assumed = "taken as " if size.given is not None else ""
     kept = "fp32" if gradient_bytes(config) == 4 else "16-bit"
@@ -75,7 +75,7 @@ def describe_run(size: ModelSize, count: int, config: RunConfig, machines: Machi
         f"model     {size.name}: {count:,} parameters, {assumed}{model.num_layers} layers of {model.hidden_size:,}",
         f"step      {training.gradient_accumulation_steps or 1} × {training.micro_batch_size} × "
         f"{config.data.seq_length:,} tokens a rank (accumulation × micro-batch × sequence); "
-        f"{training.precision} weights, {kept} gradients, {config.optimizer.optimizer}{again}",
+        f"{training.precision} weights, {kept} gradients, {optimizer}{again}",
         *_buckets(parallel.ddp_bucket_size, parallel.stage3_prefetch_bucket_size, config),
     ]
 
