@@ -127,10 +127,10 @@ def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: Pa
         if path in known:
             found.append((path, reason))
     partition = layer.get("recompute.partition_activations")
-    reason = nothing_to_partition(parallel)
-    if partition is not None and partition.value and reason:
+    nothing = nothing_to_partition(parallel)
+    if partition is not None and partition.value and nothing:
         layer["recompute.partition_activations"] = partition._replace(value=False)
-        found.append(("activation_checkpointing.partition_activations", reason))
+        found.append(("activation_checkpointing.partition_activations", nothing))
     return found
 
 

@@ -1,7 +1,7 @@
 """Which optimizer of the schema a ds_config's has the state of, element for element: what a plan counts.
 
-    {"type": "RMSprop", "params": {"momentum": 0.9}}   two numbers   adam      Adagrad, Lion, SGD with momentum   one
-    {"type": "SGD"}                                    none          sgd, momentum 0               Adam8bit, one byte each
+    RMSprop with momentum   two numbers   adam             Adagrad, Lion, SGD with momentum   one
+    SGD                     none          sgd, momentum 0  Adam8bit                           two of one byte
 
 (torch.optim's classes for those that the schema has not.)
 """
