@@ -112,5 +112,6 @@ def resolve_deepspeed(
         raise ConfigError(*settled.problems, *[f"{ds.label}: {problem}" for problem in problems])
     steps = settled.config.training.gradient_accumulation_steps
     assert steps is not None
-    report = replace(ds.report.with_translated([*settled.lines, *lines]), assumed=tuple(settled.assumed))
+    report = ds.report.with_translated([*settled.lines, *lines]).with_ignored(settled.ignored)
+    report = replace(report, assumed=tuple(settled.assumed))
     return ResolvedDeepSpeed(settled.config, optimizer, scheduler, steps, ds.options, report)

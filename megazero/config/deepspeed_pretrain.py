@@ -14,6 +14,7 @@ from typing import Any
 
 from megazero.base.errors import ConfigError
 from megazero.config.deepspeed import DeepSpeedConfig
+from megazero.config.deepspeed_auto import drop_idle_offload
 from megazero.config.deepspeed_optimizers import Named
 from megazero.config.deepspeed_reading import AUTO, Reading
 from megazero.config.deepspeed_report import KeyReport
@@ -113,8 +114,8 @@ def _contradictions(label: str, settings: Layer, flags: Layer) -> list[str]:
 
 
 def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: ParallelConfig) -> list[tuple[str, str]]:
-    """What has a meaning for initialize() and none in pretraining; partitioned activations where nothing is to divide
-    are taken out of the layer."""
+    """What has a meaning for initialize() and none in pretraining; partitioned activations where nothing is to divide,
+    and weights offloaded below stage 3, are taken out of the layer."""
     found = []
     known = {path for path, _ in (*ds.report.used, *ds.report.translated)}
     for path, reason in (
@@ -126,6 +127,7 @@ def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: Pa
     ):
         if path in known:
             found.append((path, reason))
+    found += drop_idle_offload(layer, parallel.zero_stage)
     partition = layer.get("recompute.partition_activations")
     nothing = nothing_to_partition(parallel)
     if partition is not None and partition.value and nothing:
