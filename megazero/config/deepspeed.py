@@ -115,6 +115,7 @@ def resolve_deepspeed(
         raise ConfigError(*settled.problems, *[f"{ds.label}: {problem}" for problem in problems])
     steps = settled.config.training.gradient_accumulation_steps
     assert steps is not None
-    report = replace(ds.report.with_translated([*settled.lines, *lines]), assumed=tuple(settled.assumed))
+    report = ds.report.with_translated([*settled.lines, *lines]).with_ignored(settled.ignored)
+    report = replace(report, assumed=tuple(settled.assumed))
     config = with_settings(settled.config, {"parallel.overlap_param_gather": READ_AFTER_STEP})
     return ResolvedDeepSpeed(config, optimizer, scheduler, steps, ds.options, report)

@@ -15,6 +15,7 @@ from typing import Any
 from megazero.base.errors import ConfigError
 from megazero.config.batch import Batch, BatchNames, complete_batch
 from megazero.config.deepspeed_optimizers import Named, settle_optimizer, settle_scheduler
+from megazero.config.deepspeed_spelling import written
 from megazero.config.derive import derive_engine
 from megazero.config.facts import ModelFacts
 from megazero.config.fields import FIELDS
@@ -42,6 +43,8 @@ class Settled:
     """Key and text of each "auto"."""
     assumed: list[tuple[str, str]] = field(default_factory=list)
     """Key and value of what the file leaves out."""
+    ignored: list[tuple[str, str]] = field(default_factory=list)
+    """Key that has no effect with the others, and why."""
     problems: list[str] = field(default_factory=list)
 
     def named(
@@ -96,8 +99,19 @@ def settle(
         for name, key, number in zip(NAMES, BATCH_KEYS, batch, strict=True):
             if key not in found:
                 fill(key, name, number, f"auto: {text}" if name in autos else f"{number}")
+    ignored = drop_idle_offload(found, found["parallel.zero_stage"].value)
     config = derive_engine(assemble([found]))
-    return Settled(config, lines, assumed, [*problems, *engine_problems(config)])
+    return Settled(config, lines, assumed, ignored, [*problems, *engine_problems(config)])
+
+
+def drop_idle_offload(settings: dict[str, Setting], stage: int) -> list[tuple[str, str]]:
+    """Take offloaded weights out of a ds_config's settings below stage 3; the key, and why it has no effect."""
+    setting = settings.get("offload.offload_param", Setting("none", ""))
+    place = written(setting.origin)
+    if stage == 3 or setting.value == "none" or place is None:
+        return []
+    settings["offload.offload_param"] = setting._replace(value="none")
+    return [(place[1], f"no effect at stage {stage}: only stage 3 has weights that can be away between uses")]
 
 
 def _size(key: str, path: str, model: ModelFacts | None, fill: Any, lines: list[tuple[str, str]]) -> None:

@@ -183,7 +183,10 @@ _PARALLEL: dict[str, Entry] = {
     "moe.moe_param_group": Dead("experts get groups of their own always"),
     "use_data_before_expert_parallelism": _off(False),
     "expert_parallel": Closed("use moe with ep_size"),
-    "sequence_parallel_size": _off(1, remedy="use --context-parallel-size with --cp-comm-type a2a"),
+    "sequence_parallel_size": _off(
+        1,
+        remedy="remove it; pretrain_gpt.py has it for its own models: --context-parallel-size with --cp-comm-type a2a",
+    ),
     "seq_parallel_communication_data_type": Dead("activations travel in their own type"),
     "pipeline.seed_layers": Value(bool),
     "pipeline.activation_checkpoint_interval": Value(int),

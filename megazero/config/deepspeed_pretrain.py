@@ -14,11 +14,14 @@ from typing import Any
 
 from megazero.base.errors import ConfigError
 from megazero.config.deepspeed import DeepSpeedConfig
+from megazero.config.deepspeed_auto import drop_idle_offload
 from megazero.config.deepspeed_optimizers import Named
 from megazero.config.deepspeed_reading import AUTO, Reading
 from megazero.config.deepspeed_report import KeyReport
 from megazero.config.fields import flag_of
 from megazero.config.layers import RIVALS, Layer, Setting, assemble
+from megazero.config.recompute_rules import nothing_to_partition
+from megazero.config.schema import ParallelConfig
 
 _BETAS = ("optimizer.adam_beta1", "optimizer.adam_beta2")
 _KEYS = {
@@ -28,7 +31,7 @@ _KEYS = {
     "weight_decay": ("optimizer.weight_decay",),
 }
 _ADAM: dict[str, Any] = {"betas": [0.9, 0.999], "eps": 1e-8}
-_TYPES: dict[str, tuple[str, bool | None, dict[str, Any]]] = {
+TYPES: dict[str, tuple[str, bool | None, dict[str, Any]]] = {
     "adam": ("adam", False, {**_ADAM, "weight_decay": 0.0}),
     "adamw": ("adam", True, {**_ADAM, "weight_decay": 0.01}),
     "fusedadam": ("adam", True, {**_ADAM, "weight_decay": 0.01}),
@@ -110,9 +113,9 @@ def _contradictions(label: str, settings: Layer, flags: Layer) -> list[str]:
     return problems
 
 
-def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: Any) -> list[tuple[str, str]]:
-    """What has a meaning for initialize() and none in pretraining; partitioned activations where nothing is to divide
-    are taken out of the layer."""
+def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: ParallelConfig) -> list[tuple[str, str]]:
+    """What has a meaning for initialize() and none in pretraining; partitioned activations where nothing is to divide,
+    and weights offloaded below stage 3, are taken out of the layer."""
     found = []
     known = {path for path, _ in (*ds.report.used, *ds.report.translated)}
     for path, reason in (
@@ -124,24 +127,24 @@ def _without_effect(ds: DeepSpeedConfig, layer: dict[str, Setting], parallel: An
     ):
         if path in known:
             found.append((path, reason))
+    found += drop_idle_offload(layer, parallel.zero_stage)
     partition = layer.get("recompute.partition_activations")
-    tp = parallel.tensor_model_parallel_size
-    if partition is not None and partition.value and (tp == 1 or parallel.sequence_parallel is not False):
-        reason = "there are no tensor-parallel ranks" if tp == 1 else "sequence parallelism divides them already"
+    nothing = nothing_to_partition(parallel)
+    if partition is not None and partition.value and nothing:
         layer["recompute.partition_activations"] = partition._replace(value=False)
-        found.append(("activation_checkpointing.partition_activations", reason))
+        found.append(("activation_checkpointing.partition_activations", nothing))
     return found
 
 
 def _optimizer(said: Reading, soft: dict[str, Setting], named: Named) -> None:
-    if named.folded not in _TYPES:
+    if named.folded not in TYPES:
         said.problem(
             "optimizer.type",
             f"{named.type} is not one of pretraining's optimizers. Use AdamW, Adam, SGD, Adagrad, Lamb, Lion, Muon or "
             f"AdamW8bit.",
         )
         return
-    name, decoupled, defaults = _TYPES[named.folded]
+    name, decoupled, defaults = TYPES[named.folded]
     path = "optimizer.type"
     said.set(path, "optimizer.optimizer", name)
     mode = named.params.get("adam_w_mode", named.params.get("decoupled_weight_decay", decoupled))

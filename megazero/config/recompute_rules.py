@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megazero.config.fields import FIELDS, value_of
 from megazero.config.registry import Rules, show
-from megazero.config.schema import RunConfig
+from megazero.config.schema import ParallelConfig, RunConfig
 
 RECOMPUTE_RULES = Rules()
 _rule = RECOMPUTE_RULES.rule
@@ -16,6 +16,13 @@ _MODULES = "recompute.recompute_modules"
 _LAYERS = "recompute.recompute_num_layers"
 _PARTITION = "recompute.partition_activations"
 _TP = "parallel.tensor_model_parallel_size"
+
+
+def nothing_to_partition(parallel: ParallelConfig) -> str | None:
+    """Why partition_activations has no effect, or None when it has."""
+    if parallel.tensor_model_parallel_size == 1:
+        return "there are no tensor-parallel ranks"
+    return None if parallel.sequence_parallel is False else "sequence parallelism divides them already"
 
 
 def _besides(config: RunConfig) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from megazero.base.errors import ConfigError
 from megazero.config.batch import complete_batch
 from megazero.config.context_rules import CONTEXT_RULES
+from megazero.config.deepspeed_spelling import respelt
 from megazero.config.derive import data_parallel_size, unset
 from megazero.config.dry_run_rules import DRY_RUN_RULES
 from megazero.config.fields import flag_of, value_of
@@ -44,16 +45,14 @@ _LAYOUT = (
 def find_problems(config: RunConfig, world_size: int | None) -> list[str]:
     """Every problem of a configuration whose derived values are filled in. `world_size` None: not known yet, the
     rules about it wait."""
-    return _problems(
-        config,
-        world_size,
-        [*RULES, *PIPELINE_RULES, *CONTEXT_RULES, *ZERO_RULES, *RECOMPUTE_RULES, *DRY_RUN_RULES],
-    )
+    rules = [*RULES, *PIPELINE_RULES, *CONTEXT_RULES, *ZERO_RULES, *RECOMPUTE_RULES, *DRY_RUN_RULES]
+    return [respelt(config, problem, only_file=False) for problem in _problems(config, world_size, rules)]
 
 
 def engine_problems(config: RunConfig) -> list[str]:
-    """The same for an engine around any module, whose model and data the configuration does not describe."""
-    return _problems(config, None, [*ZERO_RULES])
+    """The same for an engine around any module, whose model and data the configuration does not describe, and which has
+    a ds_config and no flags."""
+    return [respelt(config, problem, only_file=True) for problem in _problems(config, None, [*ZERO_RULES])]
 
 
 def _problems(config: RunConfig, world_size: int | None, rules: list[tuple[tuple[str, ...], Rule]]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megazero.config.deepspeed_spelling import respelt
 from megazero.config.fields import flag_of, value_of
 from megazero.config.pipeline import SPLIT_BACKWARD_SCHEDULES
 from megazero.config.registry import Rules, show
@@ -129,8 +130,8 @@ def _offload(config: RunConfig, world: int | None) -> Iterator[str]:
     for key, path in ((_OPTIMIZER, "offload.offload_optimizer_path"), (_PARAM, "offload.offload_param_path")):
         if value_of(config, key) == "nvme" and value_of(config, path) is None:
             yield (
-                f"{show(config, key)} needs a folder on a local disk. Give {flag_of(path)} FOLDER (in a ds_config.json "
-                f"nvme_path), or use {flag_of(key)} cpu."
+                f"{show(config, key)} needs a folder on a local disk. Give {flag_of(path)} FOLDER, or use "
+                f"{flag_of(key)} cpu."
             )
 
 
@@ -186,4 +187,4 @@ def warnings_of(config: RunConfig) -> list[str]:
             f"{show(config, 'parallel.grad_accum_dtype')} with {show(config, _PRECISION)}: gradients are summed in 16 "
             f"bit over ranks and micro-batches; --grad-accum-dtype fp32 keeps what small ones add."
         )
-    return found
+    return [respelt(config, text, only_file=False) for text in found]

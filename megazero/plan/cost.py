@@ -20,7 +20,7 @@ from megazero.config.schema import RunConfig
 from megazero.plan.communication import communication
 from megazero.plan.cut import StageCut
 from megazero.plan.flops import flops_per_token
-from megazero.plan.memory import STATE_BYTES, WEIGHT_BYTES, Homes, gradient_bytes
+from megazero.plan.memory import WEIGHT_BYTES, Homes, gradient_bytes, state_bytes
 from megazero.plan.parameters import Parameter
 
 PCIE = 32e9
@@ -73,7 +73,7 @@ def step_seconds(
     weight, gradient = WEIGHT_BYTES[config.training.precision], gradient_bytes(config)
     moved = shard * offload.offload_ratio if offload.offload_optimizer != "none" else 0.0
     away = shard if offload.offload_param != "none" else 0.0
-    state = 4 + STATE_BYTES[config.optimizer.optimizer]
+    state = 4 + state_bytes(config)
     pcie = moved * gradient * (batches if stage >= 2 else 1) + moved * weight * (not away) + away * weight * 2 * batches
     cpu = moved * (2 * state + gradient + weight)
     files = 2 * state * moved if offload.offload_optimizer == "nvme" else 0.0

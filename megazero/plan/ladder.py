@@ -103,7 +103,7 @@ class Rung:
     @property
     def fastest(self) -> Row | None:
         """Of those that fit (with room to spare, if there are such) the one of the least cost; of nearly equal ones the
-        one that needs least."""
+        one that offloads least, then the one that needs least."""
         fitting = [row for row in self.rows if row.fits]
         return _cheapest([row for row in fitting if not row.is_tight] or fitting)
 
@@ -116,7 +116,7 @@ def _cheapest(fitting: list[Row]) -> Row | None:
     """Of one rung, in which all recompute the same. A few percent of an estimate are none."""
     least = min((row.seconds.moving for row in fitting), default=0.0)
     near = [row for row in fitting if row.seconds.moving <= 1.03 * least]
-    return min(near, key=lambda row: (row.device, row.choice), default=None)
+    return min(near, key=lambda row: (row.cpu + row.nvme, row.device, row.choice), default=None)
 
 
 def rows(config: RunConfig, machines: Machines, elements: int | None = None) -> tuple[Row, ...]:

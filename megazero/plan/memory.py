@@ -38,6 +38,12 @@ def gradient_bytes(config: RunConfig) -> int:
     return WEIGHT_BYTES[config.training.precision] if config.parallel.grad_accum_dtype == "model" else 4
 
 
+def state_bytes(config: RunConfig) -> float:
+    """Bytes of the optimizer's state for each element (Muon: of a matrix)."""
+    momentum = config.optimizer.optimizer != "sgd" or config.optimizer.sgd_momentum
+    return STATE_BYTES[config.optimizer.optimizer] if momentum else 0
+
+
 @dataclass
 class Homes:
     """Bytes by component: in the device's memory, the CPU's, and in files."""
@@ -77,11 +83,7 @@ def parameter_bytes(config: RunConfig, elements: int, group: int, whole: int = 0
     else:
         homes.add("none", "gradients", gradient * owned * (1 - moved))
         homes.add("cpu", "gradients", gradient * owned * moved)
-    state: float = STATE_BYTES[config.optimizer.optimizer]
-    if config.optimizer.optimizer == "muon":
-        state += 4 * adam
-    elif config.optimizer.optimizer == "sgd" and not config.optimizer.sgd_momentum:
-        state = 0
+    state = state_bytes(config) + (4 * adam if config.optimizer.optimizer == "muon" else 0)
     homes.add("none", "master weights", 0 if weight == 4 else 4 * owned * (1 - moved))
     homes.add("none", "optimizer state", state * owned * (1 - moved))
     homes.add(offload.offload_optimizer, "master weights", 4 * owned * moved)
@@ -107,7 +109,7 @@ def transient_bytes(config: RunConfig, listed: Sequence[Parameter], buckets: Seq
         homes.add("none" if offload.offload_optimizer == "none" else "cpu", "update buffers", 4 * owned)
     if offload.offload_optimizer == "nvme":
         ways = 3 if offload.offload_pipeline_read or offload.offload_pipeline_write else 1  # read, update, write
-        homes.add("cpu", "file buffers", ways * (4 + STATE_BYTES[config.optimizer.optimizer]) * owned)
+        homes.add("cpu", "file buffers", ways * (4 + state_bytes(config)) * owned)
     if offload.offload_param == "nvme":
         count = min(offload.offload_param_buffer_count * owned, sum(sizes) / group)
         homes.add("cpu", "file buffers", WEIGHT_BYTES[config.training.precision] * count)

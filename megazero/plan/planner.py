@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from megazero.base.errors import ConfigError
-from megazero.config.deepspeed import DeepSpeedConfig, read_deepspeed, resolve_deepspeed
+from megazero.config.deepspeed import DeepSpeedConfig, ResolvedDeepSpeed, read_deepspeed, resolve_deepspeed
+from megazero.config.deepspeed_source import read_tree
 from megazero.config.facts import ModelFacts
-from megazero.config.layers import Layer, Setting, assemble, with_settings
+from megazero.config.layers import Setting, assemble, with_settings
 from megazero.config.layout import parse_bytes
+from megazero.config.recompute_rules import nothing_to_partition
 from megazero.config.schema import RunConfig
 from megazero.config.validate import resolve
 from megazero.plan.cut import cut_layers
 from megazero.plan.flops import parameter_count
 from megazero.plan.ladder import Machines, Row, Rung, gentler, recommended, walk
 from megazero.plan.model_size import ModelSize, model_size
+from megazero.plan.optimizer_state import optimizer_settings, uncounted
 from megazero.plan.parameters import parameters
-from megazero.plan.table import describe_machines, describe_run, flags_of, name_of, seconds, table
+from megazero.plan.recommendation import as_lines, ds_config_of, flags_of
+from megazero.plan.table import describe_machines, describe_run, name_of, seconds, table
 
 _SEQUENCE = 4096
 """Tokens without --seq-length, or the model's longest if that is less."""
@@ -45,12 +48,15 @@ def plan(words: Sequence[str]) -> int:
     rungs = list(walk(config, machines, None if size.given is None and not size.extra else count // tp))
     own = next((row for row in rungs[0].rows if row.config == config), None) if ds else None
     found = recommended(rungs)
-    print("\n".join([*describe_run(size, count, config, machines), *describe_machines(machines), ""]))
+    named = ds.optimizer if ds is not None else None
+    optimizer = config.optimizer.optimizer if named is None else f"{named.type}{uncounted(named)}"
+    print("\n".join([*describe_run(size, count, config, optimizer), *describe_machines(machines), ""]))
     shown = found[1] if found and found[0] is rungs[0] else None
     print("\n".join([*table(rungs[0].rows, own, shown), ""]))
     if own is not None and ds is not None:
         print(_verdict(ds.label, own))
-    print("\n".join(_advice(rungs, found, own)))
+    given = read_tree(asked.ds_config)[0] if asked.ds_config else None
+    print("\n".join(_advice(rungs, found, own, given)))
     return int(not own.fits if own is not None else found is None)
 
 
@@ -81,7 +87,7 @@ def configuration(
 
 
 def _with_deepspeed(
-    ds: DeepSpeedConfig, own: Layer, size: ModelSize, asked: argparse.Namespace, machines: Machines
+    ds: DeepSpeedConfig, own: dict[str, Setting], size: ModelSize, asked: argparse.Namespace, machines: Machines
 ) -> RunConfig:
     """The ds_config's settings for this model; --micro-batch-size fills in what it leaves open."""
     settings = dict(ds.settings)
@@ -104,7 +110,18 @@ def _with_deepspeed(
         raise ConfigError(f"--world-size {machines.world_size} is no multiple of tensor parallelism's {tp} ranks.")
     opened = dataclasses.replace(ds, settings=settings, scheduler=None)
     resolved = resolve_deepspeed(opened, data_parallel_size=machines.world_size // tp, model=facts)
-    return resolve(with_settings(resolved.config, own), machines.world_size)
+    return resolve(with_settings(resolved.config, own | _planned(resolved)), machines.world_size)
+
+
+def _planned(resolved: ResolvedDeepSpeed) -> dict[str, Setting]:
+    """What a plan takes otherwise than the file: auto as on a GPU, parts of activations where there are any."""
+    config = resolved.config
+    found = {} if resolved.optimizer is None else optimizer_settings(resolved.optimizer)
+    if config.training.precision == "auto":
+        found["training.precision"] = Setting("bf16", "auto on a GPU")
+    if config.recompute.partition_activations and nothing_to_partition(config.parallel):
+        found["recompute.partition_activations"] = Setting(False, "nothing to divide")
+    return found
 
 
 def _machines(asked: argparse.Namespace) -> Machines:
@@ -137,8 +154,10 @@ def _verdict(label: str, own: Row) -> str:
     return f"{head}: does not fit, {' and '.join(over)}"
 
 
-def _advice(rungs: list[Rung], found: tuple[Rung, Row] | None, own: Row | None) -> list[str]:
-    """The recommendation, after the rungs that did not help."""
+def _advice(
+    rungs: list[Rung], found: tuple[Rung, Row] | None, own: Row | None, given: Mapping[str, Any] | None
+) -> list[str]:
+    """The recommendation, after the rungs that did not help: as flags for who has no ds_config, and as a ds_config."""
     lines = []
     last = found[0] if found else None
     for rung in rungs:
@@ -155,12 +174,23 @@ def _advice(rungs: list[Rung], found: tuple[Rung, Row] | None, own: Row | None) 
     if row is own:
         lines.append("it is the fastest that fits")
     else:
-        flags, section = flags_of(row)
-        lines += [f"fastest that fits: {_words(rung, row)}", f"  {flags}", f"  {json.dumps(section)}"]
+        lines += [f"fastest that fits: {_words(rung, row)}", *_written(row, rungs[0].rows[0].config, given)]
     other = gentler(rungs, found)
     if other is not None:
         lines.append(f"faster with smaller portions: {_words(*other)}")
     return [*lines, *_tight(row)]
+
+
+def _written(row: Row, asked: RunConfig, given: Mapping[str, Any] | None) -> list[str]:
+    lines = [f"  {flags_of(row, asked)}"] if given is None else []
+    lines += [f"  {line}" for line in as_lines(ds_config_of(row, asked, given))]
+    if row.config.data.seq_length != asked.data.seq_length and given is not None:
+        lines.append(f"  --seq-length {row.config.data.seq_length}")
+    if row.config.recompute.recompute_granularity == "full":
+        lines.append(
+            "  (a module of your own recomputes where it says so: gradient_checkpointing_enable(), for instance)"
+        )
+    return lines
 
 
 def _words(rung: Rung, row: Row) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from megazero.config.schema import RunConfig
 from megazero.plan.ladder import Machines, Row
@@ -66,36 +65,17 @@ def name_of(row: Row) -> str:
     return ", ".join(words)
 
 
-def flags_of(row: Row) -> tuple[str, dict[str, Any]]:
-    """The row as flags, and as a section of a ds_config.json."""
-    stage, optimizer, param = row.choice
-    flags, section = [f"--zero-stage {stage}"], {"stage": stage}
-    for name, where in (("offload_optimizer", optimizer), ("offload_param", param)):
-        if where == "none":
-            continue
-        flags.append(f"--{name.replace('_', '-')} {where}")
-        section[name] = {"device": where}  # type: ignore[assignment]
-        if where == "nvme":
-            flags.append(f"--{name.replace('_', '-')}-path /local_nvme")
-            section[name]["nvme_path"] = "/local_nvme"  # type: ignore[index]
-    if row.config.recompute.recompute_granularity == "full":
-        flags.append("--recompute-granularity full")
-    flags.append(f"--micro-batch-size {row.config.training.micro_batch_size}")
-    return " ".join(flags), {"zero_optimization": section}
-
-
-def describe_run(size: ModelSize, count: int, config: RunConfig, machines: Machines) -> list[str]:
-    """Model, batch, precision, and the buckets in bytes."""
+def describe_run(size: ModelSize, count: int, config: RunConfig, optimizer: str) -> list[str]:
+    """Model, batch, precision, the optimizer as its user calls it, and the buckets in bytes."""
     model, training, parallel = config.model, config.training, config.parallel
     assumed = "taken as " if size.given is not None else ""
     kept = "fp32" if gradient_bytes(config) == 4 else "16-bit"
     again = ", activation checkpointing" if config.recompute.recompute_granularity == "full" else ""
-    precision = "bf16" if training.precision == "auto" else training.precision
     return [
         f"model     {size.name}: {count:,} parameters, {assumed}{model.num_layers} layers of {model.hidden_size:,}",
         f"step      {training.gradient_accumulation_steps or 1} × {training.micro_batch_size} × "
-        f"{config.data.seq_length:,} tokens a rank (accumulation × micro-batch × sequence); {precision} weights, "
-        f"{kept} gradients, {config.optimizer.optimizer}{again}",
+        f"{config.data.seq_length:,} tokens a rank (accumulation × micro-batch × sequence); "
+        f"{training.precision} weights, {kept} gradients, {optimizer}{again}",
         *_buckets(parallel.ddp_bucket_size, parallel.stage3_prefetch_bucket_size, config),
     ]
 

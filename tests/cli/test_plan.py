@@ -43,7 +43,7 @@ def test_a_preset_without_a_ds_config(capsys: pytest.CaptureFixture[str]) -> Non
     assert first[:8] == ["0", "device", "device", "15.0", "29.9", "29.9", "59.8", "-"]
     assert first[-2:] == ["too", "much"]
     assert "fastest that fits: ZeRO 2\n" in said
-    assert '{"zero_optimization": {"stage": 2}}' in said
+    assert ' "zero_optimization": {"stage": 2}}\n' in said
     assert all(len(line) <= 120 for line in said.splitlines())
 
 
@@ -99,7 +99,7 @@ def test_a_smaller_micro_batch_is_offered(capsys: pytest.CaptureFixture[str]) ->
     words = ("--model", "7B", *ON_8, "--device-memory", "23GiB", "--micro-batch-size", "4")
     assert main(["plan", *words]) == 0
     said = capsys.readouterr().out
-    assert "fastest that fits: ZeRO 3, optimizer and weights on the CPU with activation checkpointing\n" in said
+    assert "fastest that fits: ZeRO 3, optimizer on the CPU with activation checkpointing\n" in said
     assert "faster with smaller portions: ZeRO 3 with activation checkpointing, micro-batch size 2\n" in said
 
 
@@ -134,6 +134,40 @@ def test_tensor_parallelism_divides_the_model(tmp_path: Path, capsys: pytest.Cap
     assert rows(capsys.readouterr().out)[0].split()[4:6] == ["3.7", "7.5"]
     assert main(["plan", path, "--model", "llama3-8b", "--world-size", "6"]) == 2
     assert "--world-size 6 is no multiple of tensor parallelism's 4 ranks." in capsys.readouterr().err
+
+
+MOMENTS = {"AdamW": 8, "fused_adam": 8, "Lamb": 8, "Lion": 4, "Adagrad": 4, "AdamW8bit": 2, "SGD": 0}
+MOMENTS |= {"Adamax": 8, "NAdam": 8, "RAdam": 8, "Adadelta": 8, "Rprop": 8, "ASGD": 4, "RMSprop": 4, "Adafactor": 0}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "count"),
+    [({"type": kind}, count) for kind, count in MOMENTS.items()]
+    + [({"type": kind, "params": {"momentum": 0.9}}, count) for kind, count in (("SGD", 4), ("RMSprop", 8))]
+    + [({"type": "RMSprop", "params": {"centered": True}}, 8)],
+    ids=str,
+)
+def test_the_moments_are_those_of_the_ds_configs_optimizer(
+    optimizer: dict[str, Any], count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ds_config(tmp_path, optimizer=optimizer)
+    main(["plan", path, "--model", "8e9", *ON_8])
+    said = capsys.readouterr().out
+    moments = rows(said)[0].split()[6]
+    assert moments == (f"{8e9 * count / 2**30:,.1f}" if count else "-")
+    assert f"fp32 gradients, {optimizer['type']}\n" in said
+    own = rows(said)[5].removesuffix("  too much").split()  # ZeRO 2, the optimizer on the CPU
+    assert float(own[-4]) == pytest.approx(8e9 * (4 + 4 + count) / 2**30, rel=0.1)
+
+
+def test_muons_moments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", ds_config(tmp_path, optimizer={"type": "Muon"}), "--model", "8e9", *ON_8])
+    assert 8e9 * 4 / 2**30 < float(rows(capsys.readouterr().out)[0].split()[6]) < 8e9 * 5 / 2**30
+
+
+def test_what_is_not_counted_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", ds_config(tmp_path, optimizer={"type": "Adam", "params": {"amsgrad": True}}), "--model", "7B", *ON_8])
+    assert "Adam (amsgrad's 4 bytes a parameter not counted)\n" in capsys.readouterr().out
 
 
 def test_a_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,12 +118,60 @@ def test_any_other_auto_is_the_default() -> None:
 
 
 def test_impossible_settings_name_the_keys_that_they_come_from() -> None:
-    text = refusal({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}, "train_batch_size": 3})
+    text = refusal({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "train_batch_size": 3})
     assert "config: train_batch_size 3 on 2 data-parallel ranks" in text
-    assert (
-        "--offload-param cpu (config zero_optimization.offload_param.device) with --zero-stage 2 "
-        "(config zero_optimization.stage)" in text
-    )
+    assert "zero_optimization.offload_optimizer.device cpu (config) with zero_optimization.stage 0 (config)" in text
+
+
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
+@pytest.mark.parametrize(
+    ("source", "named", "remedy"),
+    [
+        (
+            zero(0, cpu_offload=True),
+            "zero_optimization.cpu_offload true (config) with zero_optimization.stage 0 (config):",
+            "Use zero_optimization.stage 1, 2 or 3, or zero_optimization.offload_optimizer.device none.",
+        ),
+        (
+            zero(3, offload_optimizer={"device": "nvme"}),
+            "zero_optimization.offload_optimizer.device nvme (config) needs",
+            "Give zero_optimization.offload_optimizer.nvme_path FOLDER, or use "
+            "zero_optimization.offload_optimizer.device cpu.",
+        ),
+        (
+            {"torch_autocast": {"enabled": True}, "bfloat16": {"enabled": True}},
+            "torch_autocast.enabled true (config) with bf16.enabled true (config):",
+            "Use fp16.enabled and bf16.enabled false, or torch_autocast.enabled false.",
+        ),
+        (
+            {"fp16": {"enabled": True, "initial_scale_power": -3}},
+            "fp16.initial_scale_power -3 (config) is below fp16.min_loss_scale 1.0 (default):",
+            "Use fp16.min_loss_scale 0.125 or less.",
+        ),
+        ({"moe": {"ep_size": 4}}, "moe.ep_size 4 (config):", "Use moe.ep_size 1."),
+        ({"sequence_parallel_size": 2}, "config: sequence_parallel_size:", "remove it; pretrain_gpt.py has it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_problems_and_remedies_are_keys_of_the_file(source: dict[str, Any], named: str, remedy: str) -> None:
+    text = refusal(source)
+    assert text.startswith(named)
+    assert remedy in text
+    assert "sequence" in named or "--" not in text
+
+
+@pytest.mark.parametrize("keys", [{"offload_param": {"device": "nvme"}}, {"cpu_offload_params": True}])
+def test_offloaded_weights_have_no_effect_below_stage_3(keys: dict[str, Any]) -> None:
+    found = resolved(zero(2, **keys))
+    assert found.config.offload.offload_param == "none"
+    why = "no effect at stage 2: only stage 3 has weights that can be away between uses"
+    ((path, reason),) = found.report.ignored
+    assert path in ("zero_optimization.offload_param.device", "zero_optimization.cpu_offload_params")
+    assert reason == why and path not in dict(found.report.used)
+    assert resolved(zero(3, offload_param={"device": "cpu"})).config.offload.offload_param == "cpu"
 
 
 # Optimizers and schedulers

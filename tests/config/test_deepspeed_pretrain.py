@@ -104,12 +104,42 @@ def test_batch_triple_is_checked_when_ranks_are_known(ds: Any) -> None:
     small = ["--mock-data", "--vocab-size", "512", "--train-iters", "9"]
     config = parse_run_config([*ds(BLOCKS["batch"]), *small])
     assert resolve(config, 8).training.global_batch_size == 2048
-    with pytest.raises(ConfigError, match="--global-batch-size 2048 is not --micro-batch-size · --gradient-accumul"):
+    with pytest.raises(
+        ConfigError, match="train_batch_size 2048 is not train_micro_batch_size_per_gpu · gradient_accumul"
+    ):
         resolve(config, 4)
     config = parse_run_config([*ds(BLOCKS["masterclass"] | {"fp16": {"enabled": False}}), *small])
     assert resolve(config, 4).training.micro_batch_size == 8
     config = parse_run_config([*ds({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 8}), *small])
     assert resolve(config, 4).training.global_batch_size == 64
+
+
+def test_where_a_value_came_from_decides_how_it_is_named(ds: Any) -> None:
+    """The one of the file by its key, the one of a flag by its flag, wherever they meet."""
+    run = ["--mock-data", "--vocab-size", "512", "--train-iters", "9"]
+    argv = ds({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    with pytest.raises(ConfigError) as error:
+        resolve(parse_run_config([*argv, *run, "--zero-stage", "0"]), 1)
+    assert str(error.value).startswith(
+        "zero_optimization.offload_optimizer.device cpu (ds_config.json) with --zero-stage 0: "
+    )
+    assert str(error.value).endswith("Use --zero-stage 1, 2 or 3, or zero_optimization.offload_optimizer.device none.")
+    argv = ds({"zero_optimization": {"stage": 0}})
+    with pytest.raises(ConfigError) as error:
+        resolve(parse_run_config([*argv, *run, "--offload-optimizer", "cpu"]), 1)
+    assert str(error.value).startswith("--offload-optimizer cpu with zero_optimization.stage 0 (ds_config.json): ")
+    assert str(error.value).endswith("Use zero_optimization.stage 1, 2 or 3, or --offload-optimizer none.")
+
+
+def test_offloaded_weights_below_stage_3(ds: Any) -> None:
+    run = ["--mock-data", "--vocab-size", "512", "--train-iters", "9"]
+    argv = ds({"zero_optimization": {"offload_param": {"device": "cpu"}}})
+    assert resolve(parse_run_config([*argv, *run, "--zero-stage", "2"]), 1).offload.offload_param == "none"
+    path = "zero_optimization.offload_param.device"
+    assert path in dict(report_of([*argv, "--zero-stage", "2"]).ignored)
+    assert resolve(parse_run_config([*argv, *run, "--zero-stage", "3"]), 1).offload.offload_param == "cpu"
+    with pytest.raises(ConfigError, match="--offload-param cpu with --zero-stage 2: weights can only be away"):
+        resolve(parse_run_config([*run, "--zero-stage", "2", "--offload-param", "cpu"]), 1)
 
 
 def test_deepspeed_takes_its_file_directly_too(ds: Any) -> None:

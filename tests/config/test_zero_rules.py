@@ -66,13 +66,13 @@ def test_what_works(changes: dict[str, Any]) -> None:
         ),
         (
             {"offload__offload_optimizer": "nvme"},
-            "--offload-optimizer nvme needs a folder on a local disk. Give --offload-optimizer-path FOLDER (in a "
-            "ds_config.json nvme_path), or use --offload-optimizer cpu.",
+            "--offload-optimizer nvme needs a folder on a local disk. Give --offload-optimizer-path FOLDER, "
+            "or use --offload-optimizer cpu.",
         ),
         (
             {"parallel__zero_stage": 3, "offload__offload_param": "nvme"},
-            "--offload-param nvme needs a folder on a local disk. Give --offload-param-path FOLDER (in a "
-            "ds_config.json nvme_path), or use --offload-param cpu.",
+            "--offload-param nvme needs a folder on a local disk. Give --offload-param-path FOLDER, "
+            "or use --offload-param cpu.",
         ),
         (
             {"training__autocast": "bf16", "training__precision": "bf16"},

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from megazero.config.schema import RunConfig
-from megazero.plan import cost
+from megazero.plan import cost, planner
 from megazero.plan.cost import step_seconds
 from megazero.plan.cut import cut_layers
 from megazero.plan.ladder import CHOICES, Machines, Row, gentler, recommended, rows, walk
 from megazero.plan.memory import Homes
+from megazero.plan.model_size import model_size
 from megazero.plan.parameters import parameters
 from tests.plan.measure import configuration
 
@@ -87,8 +88,8 @@ def test_elements_that_are_known_better() -> None:
         (80, None, (3, "none", "none"), ""),
         (35, None, (2, "none", "none"), "activation checkpointing"),
         (25, None, (3, "none", "none"), "activation checkpointing"),
-        (15, 1024, (3, "cpu", "cpu"), "activation checkpointing"),  # hardly dearer than the optimizer alone
-        (15, 50, (3, "nvme", "cpu"), "activation checkpointing"),
+        (15, 1024, (3, "cpu", "none"), "activation checkpointing"),
+        (15, 50, (3, "nvme", "none"), "activation checkpointing"),
     ],
 )
 def test_the_fastest_that_fits(device: float, cpu: float | None, choice: tuple[int, str, str], changes: str) -> None:
@@ -100,6 +101,31 @@ def test_the_fastest_that_fits(device: float, cpu: float | None, choice: tuple[i
     assert row.fits
     same = [other for each in rungs[:2] for other in each.rows if other.fits]
     assert row.seconds.total <= min(other.seconds.total for other in same) * 1.05
+
+
+@pytest.mark.parametrize(("size", "stage"), [("7B", 2), ("70B", 3)])
+def test_a_large_cluster_offloads_nothing(size: str, stage: int) -> None:
+    """A shard is so small there that offload costs next to nothing, and saves next to nothing."""
+    asked = planner._parser().parse_args(["--model", size, "--world-size", "1024"])
+    many = Machines(1024, 8, int(141e9))
+    config, count = planner.configuration(model_size(size), None, asked, many)
+    found = recommended(list(walk(config, many, count)))
+    assert found is not None
+    assert (found[1].choice, found[0].changes) == ((stage, "none", "none"), "")
+
+
+@pytest.mark.parametrize("world", [1, 8, 64, 1024])
+@pytest.mark.parametrize("device", [20, 40, 80, 400])
+def test_of_nearly_equal_rows_the_one_that_offloads_least(world: int, device: float) -> None:
+    for rung in walk(large(world), machines(world, device)):
+        best = rung.fastest
+        if best is None:
+            continue
+        roomy = [row for row in rung.rows if row.fits and row.is_tight == best.is_tight]
+        least = min(row.seconds.moving for row in roomy)
+        near = [row for row in roomy if row.seconds.moving <= 1.03 * least]
+        assert best in near
+        assert best.cpu + best.nvme == min(row.cpu + row.nvme for row in near)
 
 
 def test_room_is_left_where_that_is_possible() -> None:
@@ -135,7 +161,7 @@ def test_a_smaller_micro_batch_is_named_when_it_saves_offload() -> None:
     rungs = list(walk(large(), machines(device=20.5, cpu=1024)))
     found = recommended(rungs)
     assert found is not None
-    assert (found[1].choice, found[0].changes) == ((3, "cpu", "cpu"), "activation checkpointing")
+    assert (found[1].choice, found[0].changes) == ((3, "cpu", "none"), "activation checkpointing")
     other = gentler(rungs, found)
     assert other is not None
     assert (other[1].choice, other[0].changes[-12:]) == ((3, "none", "none"), "batch size 2")
