@@ -280,7 +280,7 @@ class ShardOptimizer:
             group["params"] = given
         for cut in self.cuts:
             cut.flat.data = torch.empty(0)
-        self.cuts, self._by_bucket, self.files = [], {}, StateFiles()
+        self._by_bucket, self.files = {}, StateFiles()
         del self.zero
 
     def _state(self, cut: Cut) -> dict[str, Any]:
