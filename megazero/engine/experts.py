@@ -32,7 +32,10 @@ def expert_parallel_size(model: nn.Module, configured: int, ranks: int, other_ax
     Raises ConfigError where these contradict each other, with every problem at once.
     """
     lists = {name: part for name, part in model.named_modules() if isinstance(part, ExpertList)}
-    own = {experts.ep_size: name for name, experts in lists.items() if experts.ep_size > 1}
+    own: dict[int, str] = {}
+    for name, experts in lists.items():
+        if experts.ep_size > 1:
+            own.setdefault(experts.ep_size, name)
     problems = []
     if len(own) > 1:
         said = ", ".join(f"ep_size={size} ({name})" for size, name in own.items())
@@ -111,11 +114,12 @@ def spread_experts(
 
 
 def _check_alone(model: nn.Module, name: str, experts: ExpertList) -> None:
-    holders: dict[nn.Parameter, set[nn.Module | None]] = {}
-    inside = {part: expert for expert in experts for part in expert.modules()}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(parameter, set()).add(inside.get(module))
+    """Raises ConfigError for a parameter that stands anywhere else than in one expert."""
+    prefixes = [f"{path}." for path, part in model.named_modules(remove_duplicate=False) if part is experts]
+    holders: dict[nn.Parameter, set[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        inside = next((path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix)), "")
+        holders.setdefault(parameter, set()).add(inside.partition(".")[0])
     shared = [p for p in experts.parameters() if len(holders[p]) > 1]
     if shared:
         raise ConfigError(

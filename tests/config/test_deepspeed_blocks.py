@@ -10,7 +10,6 @@ from tests.config.ds_blocks import BLOCKS, paths
 
 FACTS = ModelFacts(parameters=7_000_000, hidden_size=256, largest_layer=800_000)
 RANKS = {"uneven_load": 4, "pipeline": 4}
-RESOLVED = [name for name in BLOCKS if name != "moe"]
 
 
 def resolved(name: str) -> ResolvedDeepSpeed:
@@ -22,7 +21,7 @@ def test_all_blocks_are_there() -> None:
     assert len(BLOCKS) == 22
 
 
-@pytest.mark.parametrize("name", RESOLVED)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_every_key_is_used_translated_or_ignored_with_a_reason(name: str) -> None:
     report = resolved(name).report
     told = [key for key, _ in (*report.used, *report.translated, *report.ignored)]
@@ -113,11 +112,11 @@ def test_pipeline_keys_reach_the_pipeline() -> None:
     assert resolved("pipeline_zero").config.training.global_batch_size == 2 * 8 * 8
 
 
-def test_experts_come_under_the_rule_of_this_version() -> None:
-    ds = read_deepspeed(BLOCKS["moe"])
-    assert ds.settings["parallel.expert_model_parallel_size"].value == 4
-    with pytest.raises(ConfigError, match=r"moe.ep_size 4 .config.: expert parallelism"):
-        resolve_deepspeed(ds, data_parallel_size=8, model=None)
+def test_experts_are_spread_over_ranks() -> None:
+    found = resolved("moe")
+    assert found.config.parallel.expert_model_parallel_size == 4
+    said = "parallel.expert_model_parallel_size = 4"
+    assert {("moe_expert_parallel_size", said), ("moe.ep_size", said)} <= set(found.report.translated)
 
 
 def test_the_pipeline_batch_of_two_replicas_says_what_would_work() -> None:

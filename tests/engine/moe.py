@@ -167,7 +167,8 @@ def train(engine: Engine, steps: int = 3, first: int = 0) -> Trained:
 
 def whole_gradients(engine: Engine) -> dict[str, Tensor]:
     """Of all parameters by name, on every rank; ranks that hold a parameter must agree about its gradient."""
-    mine = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
+    asked = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
+    mine = {name: gradient for name, gradient in asked.items() if gradient is not None}
     found: dict[str, Tensor] = {}
     for of_rank in gather_objects(mine, engine.topology.group("world")):
         for name, gradient in of_rank.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def check_counts(stage: int, settings: dict[str, Any]) -> None:
     rank, sizes = dist.get_rank(), [3, 1, 6, 4]
     x, target = parts_of(0, 1, 1)[0][0]
     starts = [sum(sizes[:r]) for r in range(5)]
-    parts = [(x[a:b], target[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    parts = [(x[a:b], target[a:b]) for a, b in pairwise(starts)]
     engine = engine_of(spread(2, rank, **settings), config_of(stage))
     engine.backward(engine(*parts[rank]), count=sizes[rank])
     found = whole_gradients(engine)
@@ -318,9 +319,8 @@ def test_16_bits(ranks: Ranks, precision: str, stage: int) -> None:
 def check_whole_matrices(kind: str, stage: int) -> None:
     """Optimizers that need whole parameters find them among the ranks with copies."""
     named = {"type": kind, "params": {"lr": 1e-3}}
-    runs = []
-    for ep in (1, 2, 4):
-        runs.append(train(engine_of(spread(ep, dist.get_rank()), config_of(stage, optimizer=named))))
+    rank = dist.get_rank()
+    runs = [train(engine_of(spread(ep, rank), config_of(stage, optimizer=named))) for ep in (1, 2, 4)]
     for other in runs[1:]:
         for name, weight in other.weights.items():
             torch.testing.assert_close(weight, runs[0].weights[name], rtol=0, atol=2e-5, msg=name)

@@ -207,7 +207,7 @@ def test_names_are_those_of_deepspeeds_checkpoints() -> None:
     ("settings", "said"),
     [
         ({"k": 5}, "k=5 with num_experts=4: a token takes 1 to 4 experts"),
-        ({"ep_size": 2}, "ep_size=2: .* Set ep_size=1"),
+        ({"ep_size": 3}, r"ep_size=3 with num_experts=4: .*Use an ep_size out of 1, 2, 4\."),
         ({"noisy_gate_policy": "jitter"}, "noisy_gate_policy='jitter' is none of None, 'Jitter', 'RSample'"),
         ({"use_tutel": True}, "use_tutel=True: .* Leave it out"),
         ({"enable_expert_tensor_parallelism": True}, "enable_expert_tensor_parallelism=True: .* Leave it out"),

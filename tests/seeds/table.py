@@ -140,17 +140,13 @@ ROWS: dict[str, Row] = {
     ),
     "S2 8.1": Row("2 ranks, 3 steps, with the layer of the next block", added=BATCH, why=A_PART),
     "S2 8.1 code": Row("2 ranks; the layer's attention and norm are the test's"),
-    "S2 9.1": Row("2 ranks, 3 steps; attention and feed-forward are the test's"),
+    "S2 9.1": Row("4 ranks, 3 steps; attention and feed-forward are the test's"),
     "S2 9.2": Row(
-        "2 ranks, 3 steps, with the block of 9.1",
-        (
-            Change('parallel_size": 4', 'parallel_size": 1', "experts are not spread over ranks yet"),
-            Change('"ep_size": 4', '"ep_size": 1', "experts are not spread over ranks yet"),
-        ),
+        "4 ranks, 3 steps, with the block of 9.1: one expert on each",
         added=BATCH,
         why=A_PART,
     ),
-    "S2 9.2 code": Row("2 ranks, 3 steps, on the block of 9.1"),
+    "S2 9.2 code": Row("4 ranks, 3 steps, on the block of 9.1"),
     "S2 10.1": Row(
         "1 process; 200 tokens are drawn, in fp16",
         (TINY_LLAMA, Change('.to("cuda")', ".to(ds_engine.device)", "the test's machine has no GPU")),
