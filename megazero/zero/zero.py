@@ -27,6 +27,7 @@ from megazero.zero.gather import Gatherer, Limits, OnAccess
 from megazero.zero.homes import Homes
 from megazero.zero.reduction import Reduction
 from megazero.zero.stages import STAGES
+from megazero.zero.status import describe
 
 
 class Zero:
@@ -86,6 +87,9 @@ class Zero:
                 place=self.homes.place(bucket.length if bucket.trainable else 0, bucket.width),
             )
         settle_others(model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device)
+        if self.lifetimes.parameters_sharded:
+            for parameter in model.parameters():
+                describe(parameter)
         self.buckets = [bucket for bucket in buckets if bucket.trainable]
         """Of parameters that are trained, in about the order in which backward fills them."""
         self.frozen = [bucket for bucket in buckets if not bucket.trainable]
