@@ -157,6 +157,19 @@ def test_schedule_of_another_optimizer(ranks: Any, kind: str, stage: int) -> Non
     ranks.run(check_schedule_of_another_optimizer, 2, kind, stage)
 
 
+def check_zeros() -> None:
+    settings = ("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    zeros = dict.fromkeys((*settings, "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), 0)
+    engine = engine_of(config=config_of(3, zero_optimization={"stage": 3, **zeros}))
+    train(engine, 3)
+    assert_like(engine, plain(3)[0])
+
+
+def test_a_stage_3_section_full_of_zeros(ranks: Any) -> None:
+    """As configurations of stage 3 have it that fetch nothing ahead."""
+    ranks.run(check_zeros, 2)
+
+
 def test_what_the_script_gives_wins_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     model = make()
     megazero.initialize(model=model, optimizer=adamw(model.parameters()), config=config_of())
