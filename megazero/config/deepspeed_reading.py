@@ -16,7 +16,7 @@ from megazero.config.deepspeed_keys import ALIASES, TABLE, Closed, Dead, Named, 
 from megazero.config.deepspeed_report import KeyReport
 from megazero.config.fields import FIELDS
 from megazero.config.layers import Setting
-from megazero.config.ranges import RANGES
+from megazero.config.ranges import RANGES, remedy_of
 
 AUTO = "auto"
 
@@ -53,7 +53,7 @@ class Reading:
             return False
         allowed = RANGES.get(key)
         if allowed is not None and decoded is not None and not allowed.holds(decoded):
-            self.problem(path, f"{decoded:g} is out of range: it must be {allowed}. Choose such a value.")
+            self.problem(path, f"{decoded:g} is out of range: it must be {allowed}. {remedy_of(key)}")
             return False
         self.settings[key] = Setting(decoded, f"{self.label} {path}")
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megazero.config.fields import value_of
+from megazero.config.fields import FIELDS, value_of
 from megazero.config.schema import RunConfig
 
 
@@ -56,7 +56,6 @@ RANGES: dict[str, Range] = {
             "parallel.decoder_first_pipeline_num_layers",
             "parallel.decoder_last_pipeline_num_layers",
             "parallel.ddp_bucket_size",
-            "parallel.stage3_max_live_parameters",
             "offload.offload_optimizer_buffer_count",
             "offload.offload_param_buffer_count",
             "offload.nvme_block_size",
@@ -87,6 +86,7 @@ RANGES: dict[str, Range] = {
         (
             "parallel.stage3_prefetch_bucket_size",
             "parallel.stage3_param_persistence_threshold",
+            "parallel.stage3_max_live_parameters",
             "parallel.stage3_max_reuse_distance",
             "offload.offload_max_in_cpu",
             "loss_scaling.loss_scale",
@@ -132,6 +132,15 @@ RANGES: dict[str, Range] = {
     "optimizer.lr_warmup_fraction": _SHARE,
 }
 """Recipe key -> range. A test checks that every number of the schema is here."""
+
+
+def remedy_of(key: str) -> str:
+    """A sentence that names a value in the key's range: its smallest, else the default."""
+    allowed, default = RANGES[key], FIELDS[key].default
+    if not allowed.open_low:
+        return f"Use {allowed.low:g}{' or more' if allowed.high == math.inf else ''}."
+    in_range = isinstance(default, int | float) and allowed.holds(default)
+    return f"Use {default if in_range else min(allowed.low + 1, allowed.high):g}, for instance."
 
 
 def out_of_range(config: RunConfig) -> dict[str, Range]:

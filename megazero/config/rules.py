@@ -26,7 +26,7 @@ from megazero.config.layout import (
     world_size_problem,
 )
 from megazero.config.pipeline_rules import PIPELINE_RULES
-from megazero.config.ranges import out_of_range
+from megazero.config.ranges import out_of_range, remedy_of
 from megazero.config.recompute_rules import RECOMPUTE_RULES
 from megazero.config.registry import Rule, Rules, show
 from megazero.config.schema import RunConfig
@@ -58,7 +58,7 @@ def engine_problems(config: RunConfig) -> list[str]:
 def _problems(config: RunConfig, world_size: int | None, rules: list[tuple[tuple[str, ...], Rule]]) -> list[str]:
     bad = out_of_range(config)
     problems = [
-        f"{show(config, key)}: must be {allowed}. Choose such a value."
+        f"{show(config, key)}: must be {allowed}. {remedy_of(key)}"
         for key, allowed in bad.items()
         if not config.origins.get(key, "").startswith("derived")  # then its inputs are out of range, and reported
     ]

@@ -107,7 +107,7 @@ class ParallelConfig:
     stage3_param_persistence_threshold: int | None = None
     """zero-stage 3: parameters of fewer elements stay whole on every rank. Derived: 0, none does."""
     stage3_max_live_parameters: int = 1_000_000_000
-    """zero-stage 3: most elements of weights that are whole at a time; prefetching stops there."""
+    """zero-stage 3: most elements of weights that are whole at a time; prefetching stops there. 0: nothing is fetched ahead."""
     stage3_max_reuse_distance: int = 0
     """zero-stage 3: weights that are used again within this many elements of others stay whole until then; 0 lets all go after use."""
     ddp_bucket_size: int | None = None

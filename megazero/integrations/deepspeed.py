@@ -56,7 +56,8 @@ _ENGINE = _names("megazero.engine.engine", "DeepSpeedEngine=Engine PipelineEngin
 _ZERO = {
     **_names("megazero.zero.context", "GatheredParameters register_external_parameter"),
     **_names("megazero.zero.context", "unregister_external_parameter=register_external_parameter"),
-    **_names(OURS + "names", "Init ZeroParamStatus"),
+    **_names(OURS + "names", "Init"),
+    **_names("megazero.zero.status", "ZeroParamStatus"),
 }
 _CHECKPOINTING = _names(
     OURS + "checkpointing", "configure is_configured reset checkpoint non_reentrant_checkpoint=checkpoint"

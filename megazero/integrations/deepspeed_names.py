@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from enum import Enum
 from typing import Any
 
 import torch
@@ -98,14 +97,6 @@ class Init(context.Init):
     def __init__(self, *args: Any, **given: Any) -> None:
         init_distributed()
         super().__init__(*args, **given)
-
-
-class ZeroParamStatus(Enum):
-    """Where a parameter's values are, as DeepSpeed's stage 3 says it."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
 
 
 def zero_wrapper_for_fp_tensor_constructor(

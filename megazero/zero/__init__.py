@@ -9,6 +9,7 @@ _HOMES = {
     "Init": "context",
     "GatheredParameters": "context",
     "register_external_parameter": "context",
+    "ZeroParamStatus": "status",
     "safe_get_full_fp32_param": "access",
     "safe_get_full_grad": "access",
     "safe_get_full_optimizer_state": "access",

@@ -24,6 +24,7 @@ from megazero.parallel.sharding import ShardSpec, spec_of
 from megazero.parallel.topology import AxisGroup
 from megazero.zero.homes import FileTensor, Place, Transfer, pinned
 from megazero.zero.nvme import NvmeStore
+from megazero.zero.status import mark, set_available, unmark
 
 # Slices start at multiples of this many elements, so that vectorised kernels and wires see aligned data.
 ALIGNMENT = 64
@@ -116,6 +117,9 @@ class Bucket:
             del uncast
             if shard_parameters:
                 member.parameter.data = stand_in(member, dtype, device)
+                mark(member.parameter)
+            else:
+                unmark(member.parameter)
         self.master_file = self._to_file("master", master, self.place.state_store)
         self._master = None if master is None or self.master_file else pinned(master, device)
         self._keep_values(values)
@@ -204,12 +208,15 @@ class Bucket:
         """Make the parameters views of `values`."""
         for place in self.placed:
             place.parameter.data = place.of(values)
+            if self.parameters_sharded:
+                set_available(place.parameter, True)
 
     def unbind(self) -> None:
         """Let go of the whole values (stage 3)."""
         self.values = None
         for place in self.placed:
             place.parameter.data = stand_in(place, self.dtype, self.device)
+            set_available(place.parameter, False)
 
     def cast_master(self, master: Tensor | None = None) -> None:
         """Write the updated masters (default: this bucket's own, if they are apart from the weights) into the model's

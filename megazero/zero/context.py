@@ -7,13 +7,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megazero.parallel.collectives import broadcast
 from megazero.parallel.topology import AxisGroup
 from megazero.zero.access import owner_of, write_master, write_weights
 from megazero.zero.buckets import Bucket, Placed
-from megazero.zero.init import Init, cut, slice_of
+from megazero.zero.init import Init, cut, restore, slice_of
+from megazero.zero.status import in_order, is_available
 from megazero.zero.zero import Zero
 
 __all__ = ["GatheredParameters", "Init"]
@@ -23,28 +24,36 @@ class GatheredParameters:
     """Parameters are whole inside the block, at every stage, and after `Init`. Collective.
 
     Args:
-        params: a parameter or several; those that are whole anyway are left alone. All of them are whole at once: for
-            a norm of each, go through them one by one.
+        params: a parameter or several; None and tensors that are whole anyway are left alone. All of them are whole at
+            once: for a norm of each, go through them one by one.
         modifier_rank: global rank whose changes inside the block become everyone's, master weights included. None: the
             block only reads.
         fwd_module: DeepSpeed's; parameters that other modules read are gathered by themselves here.
         enabled: False makes the block do nothing.
 
     Raises ValueError at the end of the block when parameters were changed without a modifier_rank: the change would be
-    lost.
+    lost; and for what is no tensor.
     """
 
     def __init__(
         self,
-        params: nn.Parameter | Iterable[nn.Parameter],
+        params: nn.Parameter | Iterable[nn.Parameter | None] | None,
         modifier_rank: int | None = None,
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        listed = [params] if isinstance(params, nn.Parameter) else list(params)
-        self.params = list(dict.fromkeys(listed if enabled else []))
+        listed: list[Any] = [params] if params is None or isinstance(params, Tensor) else list(params)
+        given = [entry for entry in listed if entry is not None]
+        if strange := [entry for entry in given if not isinstance(entry, Tensor)]:
+            raise ValueError(
+                f"GatheredParameters takes parameters, got {strange[0]!r:.60} ({type(strange[0]).__name__}): pass "
+                "module.weight, [module.weight, module.bias] or module.parameters()"
+            )
+        self.params = in_order(list(dict.fromkeys(given if enabled else [])))
         self.modifier_rank = modifier_rank
         self._held: list[tuple[Zero, list[int]]] = []
+        self._restored: set[nn.Parameter] = set()
+        """Those that `Init` has cut and this block, not one around it, has made whole."""
 
     @torch.no_grad()
     def __enter__(self) -> GatheredParameters:
@@ -59,12 +68,15 @@ class GatheredParameters:
                     held.setdefault(id(owner.zero), (owner.zero, set()))[1].add(gatherer.of[parameter])
             elif (known := slice_of(parameter)) is not None:
                 self._check_rank(known.group)
-                parameter.data = known.whole()
+                if not is_available(parameter):
+                    restore(parameter)
+                    self._restored.add(parameter)
         self._held = [(zero, sorted(indices)) for zero, indices in held.values()]
         for zero, indices in self._held:
             assert zero.gatherer is not None
             zero.gatherer.hold(indices)
-        self._before = {p: p.detach().clone() for p in self.params} if self.modifier_rank is None else {}
+        watched = self.params if self.modifier_rank is None else []
+        self._before = {p: p.detach().clone() for p in watched if owner_of(p) or slice_of(p)}
         return self
 
     @torch.no_grad()
@@ -83,9 +95,14 @@ class GatheredParameters:
             assert zero.gatherer is not None
             zero.gatherer.unhold(indices)
         for parameter in self.params:
-            if (known := slice_of(parameter)) is not None:
-                source = known.group.ranks.index(self.modifier_rank) if self.modifier_rank is not None else 0
+            if (known := slice_of(parameter)) is None:
+                continue
+            source = known.group.ranks.index(self.modifier_rank) if self.modifier_rank is not None else 0
+            if parameter in self._restored:
                 cut(parameter, known.group, known.own.device, source)
+            elif kind is None and self.modifier_rank is not None:  # the block around this one cuts it
+                parameter.data.copy_(broadcast(parameter.data.contiguous(), known.group, source))
+        self._restored.clear()
         if changed:
             shapes = ", ".join(str(tuple(p.shape)) for p in changed[:3])
             raise ValueError(

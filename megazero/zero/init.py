@@ -26,6 +26,7 @@ from megazero.base.device import default_backend, device_for, initialize_distrib
 from megazero.base.launch import Launch
 from megazero.parallel.collectives import all_gather_slices, broadcast
 from megazero.parallel.topology import AxisGroup
+from megazero.zero.status import is_available, mark, set_available, unmark
 
 LIVE_ELEMENTS = 16_000_000
 """Elements that may be whole at once while a model is built, if no single parameter is larger."""
@@ -66,7 +67,15 @@ def slice_of(parameter: Tensor) -> Slice | None:
 
 def forget(parameter: Tensor) -> None:
     """Its values are elsewhere now."""
-    _SLICES.pop(parameter, None)
+    if _SLICES.pop(parameter, None) is not None:
+        unmark(parameter)
+
+
+@torch.no_grad()
+def restore(parameter: nn.Parameter) -> None:
+    """Make a parameter in slices whole, until it is cut again. Collective."""
+    parameter.data = _SLICES[parameter].whole()
+    set_available(parameter, True)
 
 
 @torch.no_grad()
@@ -78,13 +87,9 @@ def cut(parameter: nn.Parameter, group: AxisGroup, home: torch.device | None = N
     own = torch.zeros(width, dtype=flat.dtype, device=home or flat.device)
     part = flat[group.rank * width : (group.rank + 1) * width]
     own[: part.numel()] = part
-    known = _SLICES.get(parameter)
-    if known is not None:
-        known.own.copy_(own)
-    else:
-        _SLICES[parameter] = Slice(group, parameter.shape, parameter.dtype, parameter.device, own)
-    shape = parameter.shape
-    parameter.data = torch.full((), torch.nan, dtype=flat.dtype, device=flat.device).expand(shape)
+    _SLICES[parameter] = Slice(group, parameter.shape, parameter.dtype, parameter.device, own)
+    parameter.data = torch.full((), torch.nan, dtype=flat.dtype, device=flat.device).expand(parameter.shape)
+    mark(parameter)
 
 
 class Init:
@@ -175,8 +180,8 @@ class Init:
         if parameter.is_meta or not parameter.is_floating_point():
             return
         known = _SLICES.get(parameter)
-        if known is not None and parameter not in self._live:
-            parameter.data = known.whole()
+        if not is_available(parameter):
+            restore(parameter)
         elif known is None and self.dtype is not None and parameter.dtype != self.dtype:
             parameter.data = parameter.data.to(self.dtype)
         self._live[parameter] = None
@@ -189,7 +194,8 @@ class Init:
         while self._live and total > limit:
             parameter, _ = self._live.popitem(last=False)
             total -= parameter.numel()
-            cut(parameter, self.group, self.home)
+            if is_available(parameter):  # not cut by a GatheredParameters meanwhile
+                cut(parameter, self.group, self.home)
 
     def _find_group(self) -> AxisGroup:
         launch = Launch.from_environment()

@@ -29,6 +29,7 @@ from megazero.zero.homes import Homes
 from megazero.zero.hooks import Hook
 from megazero.zero.reduction import Reduction
 from megazero.zero.stages import STAGES
+from megazero.zero.status import describe
 
 
 class Zero:
@@ -91,6 +92,9 @@ class Zero:
         self.dropped = settle_others(
             model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device
         )
+        if self.lifetimes.parameters_sharded:
+            for parameter in model.parameters():
+                describe(parameter)
         self.buckets = [bucket for bucket in buckets if bucket.trainable]
         """Of parameters that are trained, in about the order in which backward fills them."""
         self.frozen = [bucket for bucket in buckets if not bucket.trainable]

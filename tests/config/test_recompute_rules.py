@@ -117,7 +117,7 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     (
         1,
         {**FULL, "recompute__recompute_num_layers": 0},
-        ["--recompute-num-layers 0: must be at least 1. Choose such a value."],
+        ["--recompute-num-layers 0: must be at least 1. Use 1 or more."],
     ),
     (
         1,

@@ -12,7 +12,7 @@ from megazero.base.errors import ConfigError
 from megazero.config.derive import derive
 from megazero.config.fields import FIELDS
 from megazero.config.layers import Setting, with_settings
-from megazero.config.ranges import RANGES, Range
+from megazero.config.ranges import RANGES, Range, remedy_of
 from megazero.config.rules import find_problems, show
 from megazero.config.schema import RunConfig
 from megazero.config.validate import resolve
@@ -323,27 +323,32 @@ def test_a_rule_reports_values_rule_and_remedy(world: int, changes: dict[str, An
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("model.num_layers", 0, "--num-layers 0: must be at least 1. Choose such a value."),
-        ("model.hidden_size", 0, "--hidden-size 0: must be at least 1. Choose such a value."),
+        ("model.num_layers", 0, "--num-layers 0: must be at least 1. Use 1 or more."),
+        ("model.hidden_size", 0, "--hidden-size 0: must be at least 1. Use 1 or more."),
         (
             "parallel.tensor_model_parallel_size",
             0,
-            "--tensor-model-parallel-size 0: must be at least 1. Choose such a value.",
+            "--tensor-model-parallel-size 0: must be at least 1. Use 1 or more.",
         ),
-        ("training.micro_batch_size", -1, "--micro-batch-size -1: must be at least 1. Choose such a value."),
-        ("model.hidden_dropout", 1.0, "--hidden-dropout 1.0: must be at least 0 and below 1. Choose such a value."),
+        ("training.micro_batch_size", -1, "--micro-batch-size -1: must be at least 1. Use 1 or more."),
+        ("model.hidden_dropout", 1.0, "--hidden-dropout 1.0: must be at least 0 and below 1. Use 0."),
         (
             "model.attention_dropout",
             -0.1,
-            "--attention-dropout -0.1: must be at least 0 and below 1. Choose such a value.",
+            "--attention-dropout -0.1: must be at least 0 and below 1. Use 0.",
         ),
-        ("model.rotary_percent", 0.0, "--rotary-percent 0.0: must be above 0 and at most 1. Choose such a value."),
-        ("optimizer.adam_eps", 0.0, "--adam-eps 0.0: must be above 0. Choose such a value."),
-        ("optimizer.clip_grad", -1.0, "--clip-grad -1.0: must be at least 0. Choose such a value."),
+        ("model.rotary_percent", 0.0, "--rotary-percent 0.0: must be above 0 and at most 1. Use 1, for instance."),
+        ("optimizer.adam_eps", 0.0, "--adam-eps 0.0: must be above 0. Use 1e-08, for instance."),
+        ("optimizer.clip_grad", -1.0, "--clip-grad -1.0: must be at least 0. Use 0 or more."),
     ],
 )
 def test_a_value_out_of_its_range_is_one_problem(key: str, value: float, words: str) -> None:
     assert problems(1, **{key: value}) == [words]
+
+
+def test_the_remedy_names_a_value_in_the_range() -> None:
+    for key, allowed in RANGES.items():
+        assert allowed.holds(float(remedy_of(key).split()[1].rstrip(".,"))), remedy_of(key)
 
 
 def test_every_number_of_the_schema_has_a_range_that_holds_its_default() -> None:

@@ -7,6 +7,7 @@ import base64
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import megazero
 from megazero.base.errors import ConfigError
 from megazero.config.schema import RunConfig, TrainingConfig
 from megazero.engine.engine import Engine
+from megazero.engine.optimizers import Adagrad, CPUAdam
 from megazero.parallel.topology import Topology
 from tests.engine.fronts import (
     LR,
     Regressor,
     assert_like,
+    batch_of,
     config_of,
     engine_of,
     make,
@@ -122,6 +125,49 @@ def test_the_scripts_scheduler_leaves_the_configurations_open() -> None:
         megazero.initialize(model=make(), config=config)
     *_, scheduler = megazero.initialize(model=make(), config=config, lr_scheduler=halving)
     assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
+
+
+def check_schedule_of_another_optimizer(kind: str, stage: int) -> None:
+    """accelerate with offload: the optimizer is made anew over the groups of the script's, which its scheduler sets."""
+    warm_up = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: min(1, step / 3))
+    model, alone = make(), make()
+    scripts, reference = (getattr(torch.optim, kind)(each.parameters(), lr=LR) for each in (model, alone))
+    scheduler, alone_scheduler = warm_up(scripts), warm_up(reference)
+    defaults = {name: scripts.defaults[name] for name in ("lr", "weight_decay")}
+    if kind == "Adagrad":
+        moved: torch.optim.Optimizer = Adagrad(scripts.param_groups, **defaults)
+    else:
+        moved = CPUAdam(scripts.param_groups, adamw_mode=kind == "AdamW", **defaults)
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    engine = megazero.initialize(model=model, optimizer=moved, config=BARE | {"zero_optimization": zero})[0]
+    for step in range(5):
+        train(engine, 1, first=step)
+        reference.zero_grad()
+        alone(*batch_of(step)).backward()
+        reference.step()
+        scheduler.step()
+        alone_scheduler.step()
+        assert engine.get_lr() == scheduler.get_last_lr() == alone_scheduler.get_last_lr()
+    assert engine.get_lr() == [LR]
+    assert_like(engine, alone)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("AdamW", 2), ("AdamW", 3), ("Adam", 2), ("Adagrad", 2)])
+def test_schedule_of_another_optimizer(ranks: Any, kind: str, stage: int) -> None:
+    ranks.run(check_schedule_of_another_optimizer, 2, kind, stage)
+
+
+def check_zeros() -> None:
+    settings = ("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    zeros = dict.fromkeys((*settings, "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), 0)
+    engine = engine_of(config=config_of(3, zero_optimization={"stage": 3, **zeros}))
+    train(engine, 3)
+    assert_like(engine, plain(3)[0])
+
+
+def test_a_stage_3_section_full_of_zeros(ranks: Any) -> None:
+    """As configurations of stage 3 have it that fetch nothing ahead."""
+    ranks.run(check_zeros, 2)
 
 
 def test_what_the_script_gives_wins_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

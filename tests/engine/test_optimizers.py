@@ -178,6 +178,29 @@ def test_muon_takes_stacks_and_filters_when_told() -> None:
         ours.Muon([{"params": [nn.Parameter(torch.zeros(3))], "use_muon": True}])
 
 
+@pytest.mark.parametrize(
+    "kind", [ours.Adam, ours.AdamW, ours.SGD, ours.Adagrad, ours.FusedAdam, ours.CPUAdam, ours.Lion, ours.Lamb]
+)
+def test_groups_are_the_dicts_that_were_given(kind: Any) -> None:
+    """As in torch: an optimizer over another one's groups follows the schedule of that one."""
+    one, two = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    groups: list[dict[str, Any]] = [{"params": iter([one])}, {"params": two, "lr": 0.5}]
+    optimizer = kind(groups, lr=1e-2)
+    assert all(mine is given for mine, given in zip(optimizer.param_groups, groups, strict=True))
+    assert groups[0]["params"][0] is one and groups[1]["params"][0] is two
+    groups[0]["lr"] = 0.0
+    one.grad, two.grad = torch.ones(2, 3), torch.ones(2, 3)
+    optimizer.step()
+    assert torch.equal(one.detach(), torch.ones(2, 3)) and not torch.equal(two.detach(), torch.ones(2, 3))
+
+
+def test_muon_shares_the_groups_that_say_whose_they_are() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(2, 3))], "use_muon": use} for use in (True, False)]
+    optimizer = ours.Muon(groups, lr=1e-2, adam_lr=1e-3)
+    assert all(mine is given for mine, given in zip(optimizer.param_groups, groups, strict=True))
+    assert [group["lr"] for group in groups] == [1e-2, 1e-3]
+
+
 @pytest.mark.parametrize("kind", [ours.Lion, ours.Lamb, ours.Muon])
 def test_closures_unused_parameters_and_saved_states(kind: Any) -> None:
     used, unused = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))

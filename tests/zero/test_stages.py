@@ -303,6 +303,7 @@ SETTINGS = {
     "nothing ahead": {"limits": Limits(prefetch=0)},
     "much ahead": {"limits": Limits(prefetch=10**9)},
     "few live": {"limits": Limits(prefetch=10**9, live=1)},
+    "nothing beside what is used": {"limits": Limits(prefetch=10**9, live=0, reuse=10**9)},
     "kept for backward": {"limits": Limits(reuse=10**9)},
     "last unit kept": {"limits": Limits(reuse=7000)},
     "small ones whole": {"persistence_threshold": 200},

@@ -17,17 +17,20 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def listed(params: Any) -> list[dict[str, Any]]:
-    """Parameters as torch takes them (tensors, (name, tensor) pairs, or groups) as groups that are lists, copied."""
+    """Parameters as torch takes them (tensors, (name, tensor) pairs, or groups) as groups that hold lists.
+
+    Groups stay the dicts that were given, as in torch.optim: who made an optimizer of another one's `param_groups`
+    sets the learning rate of both.
+    """
     if isinstance(params, Tensor):
         raise TypeError("an optimizer takes an iterable of parameters, got one tensor. Put it into a list.")
     groups = list(params)
     if not groups or not isinstance(groups[0], dict):
         groups = [{"params": groups}] if groups else []
-    copied = []
     for group in groups:
         entries = group["params"]
-        copied.append({**group, "params": [entries] if isinstance(entries, Tensor) else list(entries)})
-    return copied
+        group["params"] = [entries] if isinstance(entries, Tensor) else list(entries)
+    return groups
 
 
 def tensors_of(groups: list[dict[str, Any]]) -> list[Tensor]:

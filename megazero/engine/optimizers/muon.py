@@ -141,7 +141,8 @@ def _split_groups(groups: list[dict[str, Any]], rates: dict[bool, float]) -> lis
     split: list[dict[str, Any]] = []
     for group in groups:
         if "use_muon" in group:
-            split.append({"lr": rates[bool(group["use_muon"])], **group})
+            group.setdefault("lr", rates[bool(group["use_muon"])])
+            split.append(group)
             continue
         entries = [entry if isinstance(entry, tuple) else ("", entry) for entry in group["params"]]
         if _unclear(entries):
