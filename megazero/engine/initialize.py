@@ -176,15 +176,15 @@ def _settle(
         return Settings(_with_precision(source, device), source.optimizer, None, options, None)
     left = replace(source, scheduler=None) if own_scheduler else source
     found = resolve_deepspeed(left, data_parallel_size=replicas, model=facts_of(model))
-    config = _with_precision(found.config, device)
+    config = _with_precision(found.config, device, found.options.auto_precision)
     scheduler = source.scheduler if own_scheduler else found.scheduler
     return Settings(config, found.optimizer, scheduler, found.options, found.report.text())
 
 
-def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
+def _with_precision(config: RunConfig, device: torch.device, on_gpu: str = "bf16") -> RunConfig:
     if config.training.precision != "auto":
         return config
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    precision = on_gpu if device.type == "cuda" else "fp32"
     return with_settings(config, {"training.precision": Setting(precision, f"derived: auto on {device.type}")})
 
 
