@@ -109,7 +109,7 @@ def resolve_deepspeed(
     Raises ConfigError with every problem: a batch that does not fit (with the values that would), settings that
     exclude each other.
     """
-    settled: Settled = settle(ds.label, ds.settings, ds.autos, data_parallel_size, model)
+    settled: Settled = settle(ds.label, ds.settings, ds.autos, data_parallel_size, model, ds.options.auto_precision)
     optimizer, scheduler, lines, problems = settled.named(ds.optimizer, ds.scheduler, total_steps)
     if settled.problems or problems:
         raise ConfigError(*settled.problems, *[f"{ds.label}: {problem}" for problem in problems])

@@ -1,7 +1,8 @@
 """ "auto" and what a ds_config leaves out, settled without Hugging Face.
 
     reduce_bucket_size h²     stage3_prefetch_bucket_size 0.9 h²     stage3_param_persistence_threshold 10 h
-    fp16.enabled, bf16.enabled: bf16 on a GPU, fp32 on a CPU         batch: one sample a rank, no accumulation
+    fp16.enabled, bf16.enabled: bf16 on a GPU (fp16 where bf16 is false), fp32 on a CPU
+    batch: one sample a rank, no accumulation
 
 (transformers/integrations/deepspeed.py for the sizes; elements.) What is left out has DeepSpeed's default: stage 0,
 fp32, gradient_clipping 1.0.
@@ -64,9 +65,15 @@ class Settled:
 
 
 def settle(
-    label: str, settings: Layer, autos: dict[str, tuple[str, ...]], ranks: int, model: ModelFacts | None
+    label: str,
+    settings: Layer,
+    autos: dict[str, tuple[str, ...]],
+    ranks: int,
+    model: ModelFacts | None,
+    on_gpu: str = "bf16",
 ) -> Settled:
-    """Fill in every setting that is open; `ranks` divide the batch. Problems are returned, not raised."""
+    """Fill in every setting that is open; `ranks` divide the batch, and a precision "auto" is `on_gpu` on a GPU.
+    Problems are returned, not raised."""
     found: dict[str, Setting] = dict(settings)
     lines: list[tuple[str, str]] = []
     assumed: list[tuple[str, str]] = []
@@ -81,7 +88,7 @@ def settle(
             if key in _SIZES:
                 _size(key, path, model, fill, lines)
             elif key == _PRECISION:
-                fill(key, path, "auto", "auto: bf16 on a GPU, fp32 on a CPU")
+                fill(key, path, "auto", f"auto: {on_gpu} on a GPU, fp32 on a CPU")
             elif key not in BATCH_KEYS and key != _CLIPPING:
                 default = FIELDS[key].default
                 fill(key, path, default, f"auto: {default}" if default is not None else "auto: derived")

@@ -41,13 +41,15 @@ class Off:
 
 @dataclass(frozen=True)
 class Closed:
-    """A whole section of a feature that is not here: fine without `enabled: true`, else an error or just ignored."""
+    """A whole section of a feature that is not here: fine while it is off, else an error or just ignored."""
 
     remedy: str
     harmless: bool = False
     """It only reports, so a run without it is the same run."""
-    needs_enabled: bool = True
-    """The section says `enabled: true`; else its presence alone switches the feature on."""
+    switches: tuple[str, ...] = ("enabled",)
+    """Keys that switch the feature on; without any, the section's presence does."""
+    keys: str = ""
+    """Names that may stand in it besides, where they are known."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ _PRECISION: dict[str, Entry] = {
     "fp16.hysteresis": _to("loss_scaling.hysteresis"),
     "fp16.consecutive_hysteresis": _to("loss_scaling.consecutive_hysteresis"),
     "fp16.min_loss_scale": _to("loss_scaling.min_loss_scale"),
+    "fp16.fused_mode": Dead("the optimizer's step is always fused"),
     "fp16.fp16_master_weights_and_grads": _off(False, remedy="remove it: masters are fp32"),
     "bf16.enabled": Value(bool),
     "bf16.immediate_grad_update": Dead("a gradient is taken as soon as it is there"),
@@ -187,7 +190,9 @@ _PARALLEL: dict[str, Entry] = {
         1,
         remedy="remove it; pretrain_gpt.py has it for its own models: --context-parallel-size with --cp-comm-type a2a",
     ),
-    "seq_parallel_communication_data_type": Dead("activations travel in their own type"),
+    **_each(
+        "seq_parallel_communication_data_type seq_parallel_comm_data_type", Dead("activations travel in their own type")
+    ),
     "pipeline.seed_layers": Value(bool),
     "pipeline.activation_checkpoint_interval": Value(int),
     **_each("stages partition partition_method", Dead("PipelineModule's arguments decide"), under="pipeline."),
@@ -214,32 +219,40 @@ _REPORTS: dict[str, Entry] = {
     "csv_monitor.output_path": Value(str),
     "csv_monitor.job_name": Value(str),
     "comet": Closed("use tensorboard or wandb", harmless=True),
-    "flops_profiler": Closed("wall_clock_breakdown times the parts of a step", harmless=True),
-    "comms_logger": Closed("megazero.parallel.traffic counts what a rank sends", harmless=True),
+    "flops_profiler": Closed(
+        "wall_clock_breakdown times the parts of a step",
+        harmless=True,
+        keys="recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
+    ),
+    "comms_logger": Closed(
+        "megazero.parallel.traffic counts what a rank sends", harmless=True, keys="prof_all prof_ops verbose debug"
+    ),
     "timers": Closed("wall_clock_breakdown times the parts of a step", harmless=True),
     "monitor_config": Closed("use tensorboard, wandb or csv_monitor", harmless=True),
 }
 
 _FEATURES: dict[str, Entry] = {
-    **{
-        name: Closed(remedy)
-        for name, remedy in {
-            "elasticity": "a checkpoint loads on any number of ranks: restart with what there is",
-            "autotuning": "`megazero plan` finds the fastest setting that fits",
-            "compile": "use torch.compile on the model",
-            "hybrid_engine": "remove it",
-            "progressive_layer_drop": "remove it",
-            "curriculum_learning": "remove it",
-            "data_efficiency": "remove it",
-            "eigenvalue": "remove it",
-            "quantize_training": "remove it",
-            "nebula": "remove it",
-            "weight_quantization": "remove it",
-        }.items()
-    },
-    "compression_training": Closed("remove it", needs_enabled=False),
-    "sparse_attention": Closed("remove it", needs_enabled=False),
+    "elasticity": Closed("a checkpoint loads on any number of ranks: restart with what there is"),
+    "autotuning": Closed("`megazero plan` finds the fastest setting that fits"),
+    "compile": Closed(
+        "remove it, and use torch.compile on the model",
+        switches=("deepcompile", "enabled"),
+        keys="backend kwargs free_activation free_activation_threshold offload_activation offload_opt_states "
+        "double_buffer symmetric_memory debug_log offload_parameters sync_before_reduce sync_after_reduce "
+        "sync_before_allgather sync_after_allgather keep_int_input_tensors keep_all_input_tensors passes",
+    ),
+    "progressive_layer_drop": Closed("remove it", keys="theta gamma"),
+    "eigenvalue": Closed(
+        "remove it", keys="verbose max_iter tol stability gas_boundary_resolution layer_name layer_num"
+    ),
+    **_each(
+        "hybrid_engine curriculum_learning data_efficiency quantize_training nebula weight_quantization",
+        Closed("remove it"),
+    ),
+    "compression_training": Closed("remove it", switches=()),
+    "sparse_attention": Closed("remove it", switches=()),
     "graph_harvesting": _off(False),
+    "vocabulary_size": Dead("the model has it"),
     "gradient_allreduce_op": _off("mean", remedy="remove it: the gradient is that of the mean loss"),
     "managed_gradient_accumulation": _off(True),
 }
@@ -296,6 +309,26 @@ ALIASES: dict[str, str] = {
     },
 }
 """Other spellings of a path or of a section."""
+
+
+FOREIGN: dict[str, str] = {
+    **dict.fromkeys(
+        ("micro_batch_size", "per_device_train_batch_size", "train_micro_batch_size", "micro_batch_size_per_gpu"),
+        "train_micro_batch_size_per_gpu",
+    ),
+    "global_batch_size": "train_batch_size",
+    "batch_size": "train_batch_size (of a step, over all ranks) or train_micro_batch_size_per_gpu",
+    **dict.fromkeys(("max_grad_norm", "clip_grad", "grad_clip", "gradient_clip_val"), "gradient_clipping"),
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.params.lr"),
+    **dict.fromkeys(("weight_decay", "betas", "eps"), "one of optimizer.params"),
+    "warmup_steps": "scheduler.params.warmup_num_steps",
+    "zero_stage": "zero_optimization.stage",
+    **dict.fromkeys(("precision", "dtype", "mixed_precision"), "bf16.enabled or fp16.enabled"),
+    "gradient_checkpointing": "the model's own gradient_checkpointing_enable()",
+    "seed": "torch.manual_seed in the script: a ds_config has no seed",
+    "wandb.entity": "wandb.team",
+}
+"""Paths as others call them -> what it is here."""
 
 
 def section_keys(section: str) -> list[str]:

@@ -150,7 +150,8 @@ def _check_params(reading: Reading, section: str, named: Named) -> None:
                 path, f"an optimizer does not clip here. Write gradient_clipping: {value} at the top level instead."
             )
         elif names is not None and name not in names:
-            hint = did_you_mean(name, names) or f" It takes {', '.join(names)}."
+            other = " Here that is lr." if name == "learning_rate" and "lr" in names else ""
+            hint = other or did_you_mean(name, names) or f" It takes {', '.join(names)}."
             reading.problem(path, f"{named.type} has no such parameter.{hint}")
         elif value == AUTO:
             reading.autos[path] = ()

@@ -76,6 +76,12 @@ def pretraining_layer(
     if ds.scheduler is not None:
         _scheduler(said, soft, ds.scheduler, lambda: assemble([*recipe, said.settings, flags]).optimizer.lr)
     problems = [*said.problems, *_contradictions(ds.label, said.settings, flags)]
+    precision = assemble([*recipe, flags]).training.precision
+    if "fp16.enabled" in ds.autos and ds.options.auto_precision == "fp16" and precision in ("auto", "bf16"):
+        problems.append(
+            f"{ds.label} fp16.enabled is auto and bf16.enabled false, and --precision {precision} means bf16"
+            f"{' on a GPU' * (precision == 'auto')}. Give --precision fp16 or fp32, or set fp16.enabled."
+        )
     if problems:
         raise ConfigError(*problems)
     layer = {**soft, **said.settings}

@@ -12,7 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megazero.config.decode import DecodeError, decode, did_you_mean
-from megazero.config.deepspeed_keys import ALIASES, TABLE, Closed, Dead, Named, Off, To, Value, homes, section_keys
+from megazero.config.deepspeed_keys import (
+    ALIASES,
+    FOREIGN,
+    TABLE,
+    Closed,
+    Dead,
+    Named,
+    Off,
+    To,
+    Value,
+    homes,
+    section_keys,
+)
 from megazero.config.deepspeed_report import KeyReport
 from megazero.config.fields import FIELDS
 from megazero.config.layers import Setting
@@ -80,7 +92,11 @@ def _walk(reading: Reading, tree: Mapping[str, Any], section: str, written: str)
     for name, value in tree.items():
         shown = f"{written}{name}"
         path = ALIASES.get(f"{section}{name}", f"{section}{name}")
-        if path in ALIASES.values() and not _first(reading, path, shown, value):
+        if "." in str(name):
+            nested = "".join(f'{{"{part}": ' for part in shown.split(".")) + "…" + "}" * len(shown.split("."))
+            reading.problem(shown, f"a key has no dots; sections stand in each other. Write {nested}.")
+            continue
+        if not _first(reading, path, shown, value):
             continue
         if path in TABLE:
             _enter(reading, path, shown, value)
@@ -91,14 +107,15 @@ def _walk(reading: Reading, tree: Mapping[str, Any], section: str, written: str)
 
 
 def _first(reading: Reading, path: str, shown: str, value: Any) -> bool:
-    """Whether a key that has two spellings is met for the first time; twice is a problem if they differ."""
-    if isinstance(value, Mapping):
-        return True
+    """Whether a key or section that has two spellings is met for the first time; twice is a problem if they differ. A
+    section may stand in itself (tensor_parallel.tp): then its keys are compared."""
     before = reading.seen.setdefault(path, (shown, value))
-    if before[0] == shown:
-        return True
+    if before[0] == shown or shown.startswith(f"{before[0]}."):
+        return before[0] == shown or isinstance(value, Mapping)
     if before[1] != value:
-        reading.problem(shown, f"{value} contradicts {before[0]}: {before[1]}, which means the same. Give one.")
+        said = "" if isinstance(value, Mapping) else f"{value} "
+        other = "" if isinstance(before[1], Mapping) else f": {before[1]}"
+        reading.problem(shown, f"{said}contradicts {before[0]}{other}, which means the same. Give one.")
     return False
 
 
@@ -138,11 +155,25 @@ def _enter(reading: Reading, path: str, shown: str, value: Any) -> None:
 
 
 def _enter_closed(reading: Reading, entry: Closed, shown: str, value: Any) -> None:
-    on = value.get("enabled", not entry.needs_enabled) if isinstance(value, Mapping) else bool(value)
-    if entry.harmless or on is False or on is None or value in (None, {}):
-        reading.ignored.append((shown, entry.remedy if entry.harmless and on else "is off"))
+    if isinstance(value, Mapping):
+        _check_closed(reading, entry, shown, value)
+        said = [value.get(switch) for switch in entry.switches] if entry.switches else [*value]
+        on = any(each not in (None, False, AUTO) for each in said)
+    else:
+        on = value not in (None, False, AUTO)
+    if entry.harmless or not on:
+        reading.ignored.append((shown, entry.remedy if on else "is off"))
     else:
         reading.problem(shown, f"is not available; {entry.remedy}.")
+
+
+def _check_closed(reading: Reading, entry: Closed, shown: str, section: Mapping[str, Any]) -> None:
+    """A misspelt switch would leave the feature off without a word; other names are checked where they are known."""
+    known = [*entry.switches, *entry.keys.split()]
+    for name in section:
+        near = did_you_mean(str(name), known)
+        if name not in known and (entry.keys or near):
+            reading.problem(f"{shown}.{name}", f"unknown key.{near or ' Remove it.'}")
 
 
 def _keep(reading: Reading, path: str, shown: str, value: Any, kind: Any) -> None:
@@ -189,6 +220,9 @@ def _enter_setting(reading: Reading, entry: To, shown: str, value: Any) -> None:
 
 
 def _hint(section: str, name: str) -> str:
+    foreign = FOREIGN.get(f"{section}.{name}" if section else name)
+    if foreign is not None:
+        return f" Here that is {foreign}."
     near = did_you_mean(name, section_keys(section))
     if near:
         return near

@@ -92,7 +92,7 @@ def _json(path: str, value: Any) -> str:
         return '"auto"'
     if path.endswith("initial_scale_power"):
         return f"{math.log2(value):g}"
-    if entry is not None and getattr(entry, "kind", None) is bool or isinstance(value, bool):
+    if (entry is not None and getattr(entry, "kind", None) is bool) or isinstance(value, bool):
         off = (False, None, "none", "ignore", 1, *(() if path.startswith("torch_autocast") else ("fp32",)))
         return "true" if value is True or value not in off else "false"
     return str(value)

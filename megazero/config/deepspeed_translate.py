@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os.path
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megazero.config.deepspeed_reading import AUTO, Reading
 
@@ -39,6 +39,8 @@ class Options:
     """Leave the last samples out that fill no batch."""
     steps_per_print: int | None = None
     """Steps between lines; None: no lines."""
+    auto_precision: Literal["bf16", "fp16"] = "bf16"
+    """What a precision "auto" is on a GPU: fp16 where the file says no to bf16."""
 
 
 def translate(reading: Reading) -> Options:
@@ -57,6 +59,7 @@ def translate(reading: Reading) -> Options:
         activation_checkpoint_interval=interval,
         dataloader_drop_last=bool(_take(reading, "dataloader_drop_last", "the data loader")),
         steps_per_print=_steps_per_print(reading, values.get("steps_per_print")),
+        auto_precision="fp16" if values.get("bf16.enabled") is False else "bf16",
     )
 
 

@@ -190,16 +190,16 @@ def _settle(
         return Settings(_as_it_is(source, topology, device), source.optimizer, None, options, None)
     left = replace(source, scheduler=None) if own_scheduler else source
     found = resolve_deepspeed(left, data_parallel_size=replicas, model=facts_of(model))
-    config = _as_it_is(found.config, topology, device)
+    config = _as_it_is(found.config, topology, device, found.options.auto_precision)
     scheduler = source.scheduler if own_scheduler else found.scheduler
     return Settings(config, found.optimizer, scheduler, found.options, found.report.text())
 
 
-def _as_it_is(config: RunConfig, topology: Topology, device: torch.device) -> RunConfig:
+def _as_it_is(config: RunConfig, topology: Topology, device: torch.device, on_gpu: str = "bf16") -> RunConfig:
     """With what "auto" precision means on the device, and the expert parallelism that the model's layers ask for."""
     found = {}
     if config.training.precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = on_gpu if device.type == "cuda" else "fp32"
         found["training.precision"] = Setting(precision, f"derived: auto on {device.type}")
     if config.parallel.expert_model_parallel_size != topology.ep:
         found["parallel.expert_model_parallel_size"] = Setting(topology.ep, "derived: ep_size of the model's layers")

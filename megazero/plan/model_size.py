@@ -94,7 +94,7 @@ def _from_hugging_face(path: Path) -> ModelSize:
         raise ConfigError(f"--model {path} is not JSON ({error}). {_REMEDY}") from None
     family = found.get("model_type") if isinstance(found, dict) else None
     if family not in FAMILIES:
-        hint = did_you_mean(str(family), FAMILIES) if family else " The file has no model_type."
+        hint = "" if family else " The file has no model_type."  # a near name is another architecture
         raise ConfigError(
             f"--model {path}: no formula for a model of type {family!r}.{hint} There are those of "
             f"{', '.join(FAMILIES)}. {_REMEDY}"

@@ -118,7 +118,7 @@ def _planned(resolved: ResolvedDeepSpeed) -> dict[str, Setting]:
     config = resolved.config
     found = {} if resolved.optimizer is None else optimizer_settings(resolved.optimizer)
     if config.training.precision == "auto":
-        found["training.precision"] = Setting("bf16", "auto on a GPU")
+        found["training.precision"] = Setting(resolved.options.auto_precision, "auto on a GPU")
     if config.recompute.partition_activations and nothing_to_partition(config.parallel):
         found["recompute.partition_activations"] = Setting(False, "nothing to divide")
     return found

@@ -98,6 +98,15 @@ def test_precision(source: dict[str, Any], precision: str) -> None:
     assert resolved(source).config.training.precision == precision
 
 
+@pytest.mark.parametrize(
+    ("bf16", "on_gpu"), [({"bf16": {"enabled": False}}, "fp16"), ({"bf16": {"enabled": "auto"}}, "bf16"), ({}, "bf16")]
+)
+def test_auto_respects_a_no_to_bf16(bf16: dict[str, Any], on_gpu: str) -> None:
+    found = resolved({"fp16": {"enabled": "auto"}} | bf16)
+    assert (found.config.training.precision, found.options.auto_precision) == ("auto", on_gpu)
+    assert dict(found.report.translated)["fp16.enabled"] == f"auto: {on_gpu} on a GPU, fp32 on a CPU"
+
+
 def test_batch_auto_is_completed() -> None:
     found = resolved({"train_batch_size": 12, "gradient_accumulation_steps": "auto"}, ranks=3)
     assert found.config.training.micro_batch_size == 4

@@ -87,10 +87,14 @@ def test_a_feature_that_is_not_here_may_be_off(path: str) -> None:
 def test_a_section_that_is_not_here_may_be_off(path: str) -> None:
     entry = TABLE[path]
     assert isinstance(entry, Closed)
-    off: list[Any] = [None, {}, {"enabled": False}] + [{"a": 1}] * entry.needs_enabled
+    off: list[Any] = [None, {}, False, "auto"] + [{name: no} for name in entry.switches for no in (False, "auto", None)]
     for value in off:
         assert read(path, value).report.ignored == ((path, "is off"),)
-    on = tree(path, {"enabled": True} if entry.needs_enabled else {"a": 1})
+    for on in [tree(path, {name: True}) for name in entry.switches or ("a",)]:
+        _closed_is_on(path, entry, on)
+
+
+def _closed_is_on(path: str, entry: Closed, on: dict[str, Any]) -> None:
     if entry.harmless:
         assert read_deepspeed(on).report.ignored == ((path, entry.remedy),)
     else:

@@ -114,6 +114,15 @@ def test_batch_triple_is_checked_when_ranks_are_known(ds: Any) -> None:
     assert resolve(config, 4).training.global_batch_size == 64
 
 
+def test_a_precision_that_is_auto_and_not_bf16(ds: Any) -> None:
+    argv = ds({"fp16": {"enabled": "auto"}, "bf16": {"enabled": False}})
+    for said, flags in (("auto", []), ("bf16", ["--bf16"])):
+        text = f"ds_config.json fp16.enabled is auto and bf16.enabled false, and --precision {said} means bf16"
+        assert refusal([*argv, *flags]).startswith(text)
+    assert parse_run_config([*argv, "--fp16"]).training.precision == "fp16"
+    assert parse_run_config([*argv, "--precision", "fp32"]).training.precision == "fp32"
+
+
 def test_where_a_value_came_from_decides_how_it_is_named(ds: Any) -> None:
     """The one of the file by its key, the one of a flag by its flag, wherever they meet."""
     run = ["--mock-data", "--vocab-size", "512", "--train-iters", "9"]

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megazero.config.deepspeed import read_deepspeed
+from megazero.engine import initialize
 from megazero.engine.precision import scaled_outputs
+from megazero.parallel.topology import Topology
 from tests.engine.fronts import WIDTH, assert_like, batch_of, config_of, engine_of, plain, train
 
 
@@ -43,6 +46,14 @@ def test_a_mismatch_comes_with_a_remedy(precision: str) -> None:
     with pytest.raises(RuntimeError) as other:
         engine(torch.ones(1, WIDTH + 1, dtype=engine.precision.dtype))
     assert not getattr(other.value, "__notes__", [])
+
+
+@pytest.mark.parametrize(("bf16", "on_gpu"), [(False, "fp16"), ("auto", "bf16")])
+def test_auto_respects_a_no_to_bf16(bf16: Any, on_gpu: str) -> None:
+    source = read_deepspeed({"fp16": {"enabled": "auto"}, "bf16": {"enabled": bf16}})
+    for kind, expected in (("cuda", on_gpu), ("cpu", "fp32")):
+        found = initialize._settle(source, Topology.single(), nn.Linear(2, 2), torch.device(kind))
+        assert found.config.training.precision == expected
 
 
 @dataclass

@@ -101,7 +101,7 @@ def test_a_file_of_any_name(tmp_path: Path) -> None:
     [
         (None, "the folder has no config.json. Any model can be given by its number of parameters: --model 7B."),
         ("{", "is not JSON (Expecting property name"),
-        ('{"model_type": "qwen22"}', "no formula for a model of type 'qwen22'. Did you mean 'qwen2'?"),
+        ('{"model_type": "qwen22"}', "no formula for a model of type 'qwen22'. There are those of"),
         ('{"hidden_size": 8}', "of type None. The file has no model_type. There are those of llama,"),
         ("[]", "of type None."),
         ('{"model_type": "gpt2", "n_embd": 8}', "a gpt2 config has 'n_head', and this one does not."),
