@@ -92,9 +92,6 @@ class Zero:
         self.dropped = settle_others(
             model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device
         )
-        if self.lifetimes.parameters_sharded:
-            for parameter in model.parameters():
-                describe(parameter)
         self.buckets = [bucket for bucket in buckets if bucket.trainable]
         """Of parameters that are trained, in about the order in which backward fills them."""
         self.frozen = [bucket for bucket in buckets if not bucket.trainable]
@@ -119,6 +116,9 @@ class Zero:
 
     def _register(self, units: list[str]) -> None:
         """Learn of gradients as they come, and of parameters before they are read."""
+        if self.lifetimes.parameters_sharded:
+            for parameter in self.model.parameters():
+                describe(parameter)
         for parameter in self.reduction.home:
             self.hung(parameter.register_post_accumulate_grad_hook(partial(_ready, weakref.ref(self))))
         overlaps = self.overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1
