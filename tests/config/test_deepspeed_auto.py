@@ -160,7 +160,6 @@ def zero(stage: int, **keys: Any) -> dict[str, Any]:
             "fp16.initial_scale_power -3 (config) is below fp16.min_loss_scale 1.0 (default):",
             "Use fp16.min_loss_scale 0.125 or less.",
         ),
-        ({"moe": {"ep_size": 4}}, "moe.ep_size 4 (config):", "Use moe.ep_size 1."),
         ({"sequence_parallel_size": 2}, "config: sequence_parallel_size:", "remove it; pretrain_gpt.py has it"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
