@@ -25,8 +25,8 @@ from megazero.launch.hostfile import Host, excluded, included, parse_hostfile
 from megazero.launch.processes import Processes, when_stdin_closes
 
 VARIABLES_FILE = ".megazero_env"
-"""In the working directory: NAME=value lines that every machine of a launch over ssh gets. Secrets among them are read by
-each machine from its own copy."""
+"""In the working directory: NAME=value lines that every machine of a launch over ssh gets. Secrets are read by each
+machine from its own copy."""
 
 
 def launch(words: Sequence[str]) -> int:

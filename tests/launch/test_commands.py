@@ -113,8 +113,8 @@ def test_secrets_are_not_on_command_lines(
     said = capsys.readouterr()
     assert "other" not in said.out and "more" not in said.out and "TOKENIZERS_PARALLELISM=false" in said.out
     assert said.err == (
-        "megazero launch: HF_TOKEN, WANDB_API_KEY not sent: command lines are seen by others. Each machine reads its own "
-        ".megazero_env in the working directory.\n"
+        "megazero launch: HF_TOKEN, WANDB_API_KEY not sent: command lines are seen by others. Each machine reads "
+        "its own .megazero_env in the working directory.\n"
     )
 
 

@@ -15,8 +15,7 @@ import pytest
 
 from megazero.launch.commands import Command
 from megazero.launch.processes import Processes
-from tests.harness import free_port
-from tests.harness import ROOT
+from tests.harness import ROOT, free_port
 from tests.launch.fake_ssh import Field
 
 SAY = """import json, os, sys
