@@ -6,6 +6,8 @@ python -m megazero.cli does the same. Exit status: the command's own; 2 for sett
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +39,10 @@ def main(words: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[words[0]]
     try:
         status = getattr(importlib.import_module(module), function)(words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `megazero plan … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit
+        return 128 + signal.SIGPIPE
     except MegazeroError as error:
         print(f"megazero {words[0]}: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,31 @@ def read_tree(source: Source) -> tuple[Mapping[str, Any], str]:
             f"a DeepSpeed configuration is a file's path, a dict or base64 text, not a {type(source).__name__}. "
             f"Give one of these."
         )
-    path = Path(source)
+    path = _expanded(Path(source))
     if _is_file(path):
         return _parse(_text(path), path.name), path.name
     text = _from_base64(str(source))
+    if text is None and _is_folder(path):
+        raise ConfigError(f"{path} is a folder. Give the path of the JSON file in it.")
     if text is None:
         raise ConfigError(
             f"{_shortened(str(source))}: no such file, and not base64 of a JSON object either. Check the path."
         )
     return _parse(text, "config"), "config"
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~nobody
+        return path
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _is_file(path: Path) -> bool:
@@ -71,13 +88,23 @@ def _parse(text: str, label: str) -> Mapping[str, Any]:
         tree = json.loads(text, object_pairs_hook=_without_twins)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{label} line {error.lineno} column {error.colno}: not valid JSON: {error.msg}. Correct that line."
+            f"{label} line {error.lineno} column {error.colno}: not valid JSON: {error.msg}.{_cause(text, error.pos)}"
         ) from error
     except _TwiceError as error:
         raise ConfigError(f"{label}: the key {error} is given twice in one object. Remove one.") from error
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{label}: a DeepSpeed configuration is one JSON object {{…}}, not {_shortened(repr(tree))}.")
     return tree
+
+
+def _cause(text: str, position: int) -> str:
+    """What JSON has not and HJSON, which DeepSpeed reads, has; else that the line is wrong."""
+    rest, before = text[position:].lstrip(), text[:position].rstrip()
+    if rest.startswith(("//", "#", "/*")):
+        return " JSON has no comments: remove them."
+    if re.match(r",\s*[}\]]", rest) or (rest.startswith(("}", "]")) and before.endswith(",")):
+        return " Remove the comma before the closing bracket."
+    return " Correct that line."
 
 
 class _TwiceError(ValueError):

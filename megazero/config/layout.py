@@ -106,10 +106,12 @@ _UNITS = {
 def parse_bytes(text: str) -> int:
     """Bytes from `80GiB` (2³⁰), `80 GB` (10⁹) or `141e9`.
 
-    Raises ConfigError when it is not a positive number with such a unit.
+    Raises ConfigError when it is not a positive number with such a unit, or a small one without.
     """
     match = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d{1,2})?) *([kmgt]?i?b|)", text.strip().lower())
     number = float(match.group(1)) * _UNITS.get(match.group(2), 0) if match else 0.0
+    if match and not match.group(2) and 1 <= number < 2**20:
+        raise ConfigError(f"--device-memory {text} is {text} bytes. Write {text}GiB.")
     if number < 1:
         raise ConfigError(
             f"--device-memory {text!r} is not a size: a number, followed by GiB, GB, MiB or another such unit, or by "

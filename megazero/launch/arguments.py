@@ -38,6 +38,23 @@ class Arguments:
     """How a launch on another machine learns that the first one is gone."""
 
 
+ELSEWHERE = {
+    "--launcher": "machines are started over ssh; under SLURM or Kubernetes with --no_ssh (docs/launch.md)",
+    "--launcher_args": "ssh takes options from ~/.ssh/config",
+    "--force_multi": "several machines are those of the hostfile",
+    "--bind_cores_to_rank": "set OMP_NUM_THREADS, or start under numactl or taskset",
+    "--bind_core_list": "set OMP_NUM_THREADS, or start under numactl or taskset",
+    "--save_pid": "leave it out; the launch's process is the one to signal",
+    "--enable_each_rank_log": "leave it out; torchrun has --log-dir",
+    "--autotuning": "megazero plan finds the fastest setting that fits",
+    "--elastic_training": "a checkpoint loads on any number of ranks: restart with what there is",
+    "--min_elastic_nodes": "a checkpoint loads on any number of ranks: restart with what there is",
+    "--max_elastic_nodes": "a checkpoint loads on any number of ranks: restart with what there is",
+    "--venv_script": "the other machines use the same Python as this one",
+}
+"""Flags of the `deepspeed` launcher that are not here, and what to do."""
+
+
 def parse(words: Sequence[str]) -> Arguments:
     """Read the words after `megazero launch`.
 
@@ -46,6 +63,9 @@ def parse(words: Sequence[str]) -> Arguments:
     """
     found, unknown = _parser().parse_known_args(list(words))
     if unknown:
+        elsewhere = ELSEWHERE.get(unknown[0].partition("=")[0].replace("-", "_").replace("__", "--", 1))
+        if elsewhere is not None:
+            raise ConfigError(f"{unknown[0]} is a flag of DeepSpeed's launcher and not of this one: {elsewhere}.")
         flags = [f"--{action.dest}" for action in _parser()._actions if action.option_strings]
         raise ConfigError(
             f"unknown flag {unknown[0]}.{did_you_mean(unknown[0], flags)} "

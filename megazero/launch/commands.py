@@ -8,6 +8,7 @@ CUDA_VISIBLE_DEVICES is never dropped: slots are positions in it, and it goes al
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,23 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 DEFAULT_PORT = 29500
 EXPORTED = ("NCCL_", "GLOO_", "UCX_", "HF_", "TORCH_", "OMP_NUM_THREADS", "PYTHONPATH", DEVICES)
 """Beginnings of the names of variables that other machines get."""
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY)S?(_|$)", re.IGNORECASE)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's name (HF_TOKEN, WANDB_API_KEY) says that its value is nobody's business: a command line is
+    seen by all users of both machines, and stands in logs."""
+    return _SECRET.search(name) is not None
+
+
+def sent(environ: Mapping[str, str], exported: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """What goes along to other machines on their command lines, and the names of the secrets that do not.
+
+    Args:
+        environ: this process's variables. exported: those of the user's file, for every machine.
+    """
+    meant = {name: value for name, value in environ.items() if name.startswith(EXPORTED)} | dict(exported)
+    return {name: meant[name] for name in meant if not is_secret(name)}, sorted(filter(is_secret, meant))
 
 
 @dataclass(frozen=True)
@@ -81,13 +99,11 @@ def _devices(visible: str | None, processes: int, slots: Sequence[int] | None) -
     return ",".join(names[slot] if names else str(slot) for slot in slots)
 
 
-def over_ssh(
-    arguments: Arguments, hosts: Sequence[Host], environ: Mapping[str, str], exported: Mapping[str, str], folder: str
-) -> list[Command]:
+def over_ssh(arguments: Arguments, hosts: Sequence[Host], variables: Mapping[str, str], folder: str) -> list[Command]:
     """An ssh command for each machine; the first one's ranks come first.
 
     Args:
-        exported: variables for every machine, from the user's file. folder: where the script is started.
+        variables: what every machine gets, no secrets. folder: where the script is started.
 
     Raises ConfigError when the other machines could not reach the first by its name.
     """
@@ -97,7 +113,6 @@ def over_ssh(
             f"{address} is the first of {len(hosts)} machines, and the others would look for it on themselves. "
             "Give --master_addr, the address at which they reach this one."
         )
-    variables = {name: value for name, value in environ.items() if name.startswith(EXPORTED)} | dict(exported)
     settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(variables.items())]
     commands = []
     for rank, host in enumerate(hosts):
@@ -110,7 +125,7 @@ def over_ssh(
         line = f"cd {shlex.quote(folder)} && exec env {' '.join(settings)} {started}"
         port = ["-p", str(arguments.ssh_port)] if arguments.ssh_port else []
         # BatchMode: a question for a password could not be answered here
-        commands.append(Command(("ssh", "-o", "BatchMode=yes", *port, host.name, line), {}))
+        commands.append(Command(("ssh", "-o", "BatchMode=yes", *port, host.login, line), {}))
     return commands
 
 

@@ -1,7 +1,7 @@
 """The machines of a launch: a hostfile's lines, and which of their devices --include and --exclude leave.
 
     worker-0 slots=8                  --include worker-0@worker-1:0,2    worker-0 whole, two devices of worker-1
-    worker-1 slots=8    # comment     --exclude worker-1:3               everything but one device
+    me@worker-1 slots=8   # comment   --exclude worker-1:3               everything but one device
 
 A slot is a device's position among those that the machine shows (0 is the first of its CUDA_VISIBLE_DEVICES). The
 format is DeepSpeed's and Open MPI's.
@@ -23,10 +23,17 @@ class Host:
 
     name: str
     slots: tuple[int, ...]
+    user: str = ""
+    """For ssh; empty: as ssh's own settings have it."""
+
+    @property
+    def login(self) -> str:
+        """What ssh is given: `user@host`, or the host alone."""
+        return f"{self.user}@{self.name}" if self.user else self.name
 
 
-def parse_hostfile(text: str, name: str) -> list[Host]:
-    """The machines in the order of their lines; `name` is the file's, for errors.
+def parse_hostfile(text: str, file: str) -> list[Host]:
+    """The machines in the order of their lines; `file` is its name, for errors.
 
     Raises ConfigError, naming the lines, for those that are not `host slots=N`, for a host named twice, and for a file
     without any.
@@ -38,20 +45,22 @@ def parse_hostfile(text: str, name: str) -> list[Host]:
         words = line.partition("#")[0].strip()
         if not words:
             continue
-        match = re.fullmatch(r"([^\s@:=]+)\s+slots\s*=\s*(\d+)", words)
+        match = re.fullmatch(r"(?:(?P<user>[^\s@:=]+)@)?(?P<host>[^\s@:=]+)\s+slots\s*=\s*(?P<slots>\d+)", words)
         if match is None:
-            problems.append(f"{name}, line {number}: {words!r} is not `host slots=N`. Write `worker-1 slots=8`, say.")
-        elif match[1] in hosts:
+            problems.append(f"{file}, line {number}: {words!r} is not `host slots=N`. Write `worker-1 slots=8`, say.")
+            continue
+        name, slots = match["host"], int(match["slots"])
+        if name in hosts:
             problems.append(
-                f"{name}, line {number}: {match[1]} stands on line {lines[match[1]]} already. "
+                f"{file}, line {number}: {name} stands on line {lines[name]} already. "
                 "Give a host one line, with all of its slots."
             )
-        elif int(match[2]) == 0:
-            problems.append(f"{name}, line {number}: slots=0 starts nothing on {match[1]}. Remove the line.")
+        elif slots == 0:
+            problems.append(f"{file}, line {number}: slots=0 starts nothing on {name}. Remove the line.")
         else:
-            hosts[match[1]], lines[match[1]] = Host(match[1], tuple(range(int(match[2])))), number
+            hosts[name], lines[name] = Host(name, tuple(range(slots)), match["user"] or ""), number
     if not problems and not hosts:
-        problems.append(f"{name} names no host. Write a line `host slots=N` for each.")
+        problems.append(f"{file} names no host. Write a line `host slots=N` for each.")
     if problems:
         raise ConfigError(*problems)
     return list(hosts.values())

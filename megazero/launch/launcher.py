@@ -20,12 +20,13 @@ from typing import NoReturn
 from megazero.base.errors import ConfigError
 from megazero.base.launch import environment
 from megazero.launch.arguments import Arguments, parse
-from megazero.launch.commands import DEVICES, Command, over_ssh, parse_variables, torchrun
+from megazero.launch.commands import DEVICES, Command, is_secret, over_ssh, parse_variables, sent, torchrun
 from megazero.launch.hostfile import Host, excluded, included, parse_hostfile
 from megazero.launch.processes import Processes, when_stdin_closes
 
 VARIABLES_FILE = ".megazero_env"
-"""In the working directory: NAME=value lines that every machine of a launch over ssh gets."""
+"""In the working directory: NAME=value lines that every machine of a launch over ssh gets. Secrets are read by each
+machine from its own copy."""
 
 
 def launch(words: Sequence[str]) -> int:
@@ -38,7 +39,11 @@ def launch(words: Sequence[str]) -> int:
     hosts = _hosts(arguments) if arguments.hostfile else None
     if hosts is None or arguments.no_ssh or (len(hosts) == 1 and _is_here(hosts[0].name)):
         return _here(arguments, hosts, environ)
-    commands = over_ssh(arguments, hosts, environ, _variables(), os.getcwd())
+    exported = _variables()
+    variables, secrets = sent(environ, exported)
+    commands = over_ssh(arguments, hosts, variables, os.getcwd())
+    if secrets:
+        print(_withheld(secrets, exported), file=sys.stderr, flush=True)
     if arguments.dry_run:
         print("\n".join(map(str, commands)))
         return 0
@@ -50,10 +55,22 @@ def launch(words: Sequence[str]) -> int:
     return Processes(commands, [host.name for host in hosts], hold_stdin=True).wait()
 
 
+def _withheld(secrets: Sequence[str], exported: Mapping[str, str]) -> str:
+    """Which secrets are not sent, and how they get there."""
+    missing = [name for name in secrets if name not in exported]
+    words = f"megazero launch: {', '.join(secrets)} not sent: command lines are seen by others. "
+    if not missing:
+        return f"{words}Each machine reads its own {VARIABLES_FILE} in the working directory."
+    return (
+        f"{words}If the other machines need {'it' if len(missing) == 1 else 'them'}, write {missing[0]}=… into "
+        f"{VARIABLES_FILE} in the working directory of each, readable by you alone, or log in there."
+    )
+
+
 def _hosts(arguments: Arguments) -> list[Host]:
     """The machines, with the slots to use on each."""
     assert arguments.hostfile is not None
-    path = Path(arguments.hostfile)
+    path = Path(arguments.hostfile).expanduser()
     if not path.is_file():
         raise ConfigError(f"--hostfile {path}: no such file. Write one with a line `host slots=N` for each machine.")
     hosts = parse_hostfile(path.read_text(), str(path))
@@ -70,7 +87,7 @@ def _hosts(arguments: Arguments) -> list[Host]:
                 f"--num_gpus {arguments.num_gpus}: {path} gives {host.name} {len(host.slots)} slots. Raise slots=, or "
                 "ask for fewer."
             )
-    return [Host(host.name, host.slots[: arguments.num_gpus]) for host in hosts]
+    return [replace(host, slots=host.slots[: arguments.num_gpus]) for host in hosts]
 
 
 def _is_here(name: str) -> bool:
@@ -79,6 +96,8 @@ def _is_here(name: str) -> bool:
 
 def _here(arguments: Arguments, hosts: Sequence[Host] | None, environ: Mapping[str, str]) -> int:
     """This machine's part."""
+    if not (arguments.module or arguments.no_python or Path(arguments.script).exists()):
+        raise ConfigError(f"{arguments.script}: no such script in {os.getcwd()}. Check its path; -m runs a module.")
     rank, nodes = arguments.node_rank or 0, len(hosts) if hosts else arguments.num_nodes or 1
     if hosts and rank >= nodes:
         raise ConfigError(f"--node_rank {rank} of {nodes} machines in {arguments.hostfile}: they count from 0.")
@@ -91,6 +110,8 @@ def _here(arguments: Arguments, hosts: Sequence[Host] | None, environ: Mapping[s
         print(command)
         return 0
     if arguments.until_stdin_closes:
+        secrets = {name: value for name, value in _variables().items() if is_secret(name)}
+        command = replace(command, environment={**secrets, **command.environment})
         processes_here = Processes([command], [f"machine {rank}"], hold_stdin=False)
         when_stdin_closes(processes_here.ask_to_end)
         return processes_here.wait()

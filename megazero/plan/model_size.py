@@ -49,9 +49,8 @@ def model_size(text: str) -> ModelSize:
             raise ConfigError(f"--model {text}: the folder has no config.json. {_REMEDY}")
     if path.is_file():
         return _from_hugging_face(path)
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.upper()) or re.fullmatch(
-        r"(\d+(?:\.\d+)?E\d+)()", text.upper()
-    )
+    digits = re.sub(r"(?<=\d)[,_](?=\d{3})", "", text.upper())  # 7,000,000,000
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", digits) or re.fullmatch(r"(\d+(?:\.\d+)?E\d+)()", digits)
     if number:
         return _from_number(text, float(number[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[number[2]])
     try:

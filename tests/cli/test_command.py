@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -28,6 +30,18 @@ def test_every_command_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
             main([name, "--help"])
         assert leaving.value.code == 0
         assert f"megazero {name}" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """`megazero plan … | head -1`: the pipe closes before all is written."""
+    words = [sys.executable, "-m", "megazero.cli", "plan", "--model", "7B", "--world-size", "8"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(
+            words, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,33 @@ def test_refuses_a_file_that_is_none(tmp_path: Path, text: str, message: str) ->
     assert refusal(path).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ('{"a": 1, // half\n "b": 2}', "JSON has no comments: remove them."),
+        ('{ # top\n"a": 1}', "JSON has no comments: remove them."),
+        ('{"a": /* 3 */ 1}', "JSON has no comments: remove them."),
+        ('{"a": 1 // end\n}', "JSON has no comments: remove them."),
+        ('{"a": [1, 2,]}', "Remove the comma before the closing bracket."),
+        ('{"a": 1,\n}', "Remove the comma before the closing bracket."),
+        ('{"a" 1}', "Correct that line."),
+    ],
+)
+def test_what_json_has_not_is_named(tmp_path: Path, text: str, remedy: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    assert refusal(path).startswith("c.json line ") and refusal(path).endswith(f". {remedy}")
+
+
+def test_home_folders_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.json").write_text(json.dumps(TREE))
+    assert read_deepspeed("~/c.json").label == "c.json"
+    assert refusal("~/d.json").startswith("~/d.json: no such file")
+    assert refusal(tmp_path) == f"{tmp_path} is a folder. Give the path of the JSON file in it."
+    assert refusal("~no-such-user/c.json").startswith("~no-such-user/c.json: no such file")
+
+
 def test_refuses_other_sources(tmp_path: Path) -> None:
     assert refusal("no/such.json") == (
         "no/such.json: no such file, and not base64 of a JSON object either. Check the path."

@@ -113,12 +113,19 @@ def test_malformed_split(text: str) -> None:
         ("141e9", 141 * 10**9),
         ("1.5TiB", 3 * 2**39),
         ("512mib", 2**29),
-        ("100", 100),
+        ("1048576", 2**20),
         ("7B", 7),
     ],
 )
 def test_bytes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
+
+
+def test_a_size_that_lacks_its_unit() -> None:
+    for text in ("80", "1e3"):
+        with pytest.raises(ConfigError) as error:
+            parse_bytes(text)
+        assert str(error.value) == f"--device-memory {text} is {text} bytes. Write {text}GiB."
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "80 Gib/s", "80G", "-1GiB", "0", "0.1", "1e999", "nan", "80 GiBytes"])

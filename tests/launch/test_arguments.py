@@ -38,6 +38,11 @@ def test_what_follows_the_script_is_the_scripts() -> None:
         ),
         (["--node_rank", "1", "a.py"], "--node_rank is for --no_ssh"),
         (["--num_nodes", "2", "a.py"], "--num_nodes 2 needs --hostfile, which names the machines"),
+        (
+            ["--launcher", "slurm", "a.py"],
+            "--launcher is a flag of DeepSpeed's launcher and not of this one: machines are",
+        ),
+        (["--bind-cores-to-rank", "a.py"], "not of this one: set OMP_NUM_THREADS, or start under numactl or taskset."),
         (["--module", "--no_python", "a"], "--module and --no_python: give one; a module is run by Python."),
     ],
 )

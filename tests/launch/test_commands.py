@@ -10,7 +10,7 @@ import pytest
 
 from megazero.base import launch as base_launch
 from megazero.base.errors import ConfigError
-from megazero.launch.commands import parse_variables
+from megazero.launch.commands import is_secret, parse_variables
 from megazero.launch.launcher import launch
 
 TORCHRUN = f"{sys.executable} -m torch.distributed.run"
@@ -23,6 +23,8 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(base_launch, "usable_cores", lambda: 8)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hosts").write_text("one slots=4\ntwo slots=2\n")
+    for name in ("a.py", "train.py"):
+        (tmp_path / name).touch()
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
@@ -92,6 +94,56 @@ def test_several_machines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         "--master_addr one --master_port 29500 --include localhost:0,1 train.py --text 'a b'"
     )
     assert "--include localhost:0,1,2,3 " in first[6]
+
+
+def test_secrets_are_not_on_command_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hidden")
+    monkeypatch.setenv("HF_HOME", "/data")
+    assert launch(["--dry_run", "--hostfile", "hosts", "a.py"]) == 0
+    said = capsys.readouterr()
+    assert "hidden" not in said.out + said.err and "HF_HOME=/data" in said.out
+    assert said.err == (
+        "megazero launch: HF_TOKEN not sent: command lines are seen by others. If the other machines need it, write "
+        "HF_TOKEN=… into .megazero_env in the working directory of each, readable by you alone, or log in there.\n"
+    )
+    (tmp_path / ".megazero_env").write_text("HF_TOKEN=other\nWANDB_API_KEY=more\nTOKENIZERS_PARALLELISM=false\n")
+    assert launch(["--dry_run", "--hostfile", "hosts", "a.py"]) == 0
+    said = capsys.readouterr()
+    assert "other" not in said.out and "more" not in said.out and "TOKENIZERS_PARALLELISM=false" in said.out
+    assert said.err == (
+        "megazero launch: HF_TOKEN, WANDB_API_KEY not sent: command lines are seen by others. Each machine reads "
+        "its own .megazero_env in the working directory.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("HF_TOKEN", True),
+        ("HF_API_KEYS", True),
+        ("TORCH_SECRET_X", True),
+        ("db_password", True),
+        ("NCCL_DEBUG", False),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("PYTHONPATH", False),
+    ],
+)
+def test_what_a_secret_is_called(name: str, secret: bool) -> None:
+    assert is_secret(name) == secret
+
+
+def test_users_of_other_machines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("me@one slots=4\ntwo slots=2\n")
+    first, second = (shlex.split(line) for line in said(capsys, "-H", "hosts", "-i", "one:0@two", "a.py"))
+    assert (first[3], second[3]) == ("me@one", "two")
+    assert "--master_addr one " in second[4]
+
+
+def test_a_script_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"b\.py: no such script in .*\. Check its path; -m runs a module\."):
+        launch(["--dry_run", "--num_gpus", "1", "b.py"])
 
 
 def test_a_machine_at_a_time_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

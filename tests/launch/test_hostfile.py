@@ -19,6 +19,12 @@ def test_hosts_stand_in_the_order_of_their_lines() -> None:
     assert parse_hostfile(TEXT, "hosts") == HOSTS
 
 
+def test_a_user() -> None:
+    (host,) = parse_hostfile("me@worker-0 slots=1", "hosts")
+    assert (host, host.login) == (Host("worker-0", (0,), "me"), "me@worker-0")
+    assert included([host], "worker-0")[0].login == "me@worker-0"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -26,6 +32,7 @@ def test_hosts_stand_in_the_order_of_their_lines() -> None:
         ("worker-0 slot=4", "hosts, line 1: 'worker-0 slot=4' is not"),
         ("worker-0 slots=four", "is not `host slots=N`. Write `worker-1 slots=8`, say."),
         ("a slots=1\nb slots=1\na slots=2", "hosts, line 3: a stands on line 1 already. Give a host one line"),
+        ("a slots=1\nme@a slots=2", "hosts, line 2: a stands on line 1 already."),
         ("a slots=0", "hosts, line 1: slots=0 starts nothing on a. Remove the line."),
         ("# nothing\n\n", "hosts names no host. Write a line `host slots=N` for each."),
     ],

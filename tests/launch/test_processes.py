@@ -15,7 +15,7 @@ import pytest
 
 from megazero.launch.commands import Command
 from megazero.launch.processes import Processes
-from tests.harness import free_port
+from tests.harness import ROOT, free_port
 from tests.launch.fake_ssh import Field
 
 SAY = """import json, os, sys
@@ -120,6 +120,16 @@ def test_hosts_with_different_numbers_of_slots(tmp_path: Path) -> None:
     assert sorted(field.ssh_log()) == ["-o BatchMode=yes", "-o BatchMode=yes", "host alpha", "host beta"]
 
 
+def test_secrets_come_from_each_machines_own_file(tmp_path: Path) -> None:
+    field = Field(tmp_path, "alpha slots=1\nbeta slots=1\n")
+    (tmp_path / ".megazero_env").write_text("HF_TOKEN=hidden\n")
+    words = ("--hostfile", "hosts", "--master_addr", "127.0.0.1", "--master_port", str(free_port()))
+    done = field.run(*words, field.script("import os; print('has', os.environ['HF_TOKEN'])"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hidden") == 2
+    assert "HF_TOKEN not sent" in done.stderr
+
+
 def test_a_host_that_fails_ends_the_launch(tmp_path: Path) -> None:
     field = Field(tmp_path, "alpha slots=1\ndown slots=1\n")
     words = ("--hostfile", "hosts", "--master_addr", "127.0.0.1", "--master_port", str(free_port()))
@@ -154,7 +164,7 @@ def test_ctrl_c_ends_every_host(tmp_path: Path) -> None:
 def test_the_command_starts_fast_and_without_torch() -> None:
     code = """import sys
 from megazero.cli import main
-main(["--help"]), main(["launch", "--num_gpus", "1", "--dry_run", "a.py"])
+assert main(["--help"]) == main(["launch", "--num_gpus", "1", "--dry_run", "pretrain_gpt.py"]) == 0
 assert "torch" not in sys.modules"""
-    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60)
     assert done.returncode == 0

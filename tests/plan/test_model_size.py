@@ -81,7 +81,7 @@ def test_presets_and_their_names_on_the_hub() -> None:
     assert count(model_size("gpt2")) == 124_439_808
 
 
-@pytest.mark.parametrize("text", ["2M", "40M", "125M", "350m", "1.3e9", "7B", "70B", "175B", "1T", "6700000000"])
+@pytest.mark.parametrize("text", ["2M", "40M", "125M", "350m", "1.3e9", "7B", "70B", "175B", "1T", "7,000,000,000"])
 def test_a_number_becomes_a_plausible_decoder(text: str) -> None:
     size = model_size(text)
     assert size.given is not None
