@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from megazero.base.errors import ConfigError
 from megazero.parallel.collectives import broadcast
@@ -14,7 +15,18 @@ from megazero.zero.init import slice_of
 
 
 def check_real(module: nn.Module) -> None:
-    """Raises ConfigError for parameters on meta that nobody knows how to fill."""
+    """Raises ConfigError for what is no module, and for parameters without values that nobody knows how to fill."""
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"model={module!r:.60}, a {type(module).__name__}, is no module. Give an nn.Module: one that is made of its "
+            "class, or loaded by its name (from_pretrained)."
+        )
+    lazy = [n for n, p in module.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ConfigError(
+            f"{len(lazy)} parameters have no shape yet, {lazy[0]} for one: lazy modules learn it from their first "
+            "input. Call the model on a batch before initialize()."
+        )
     empty = [n for n, p in module.named_parameters() if p.is_meta and not has_spec(p)]
     if empty:
         raise ConfigError(

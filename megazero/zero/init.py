@@ -12,7 +12,8 @@ initial values, whatever the ranks' random states. `initialize()` takes the slic
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -52,8 +53,23 @@ class Slice:
         """All of it [shape]. Collective."""
         flat = torch.empty(self.own.numel() * self.group.size, dtype=self.dtype, device=self.device)
         flat.chunk(self.group.size)[self.group.rank].copy_(self.own)
-        all_gather_slices(flat, self.group, padding=flat.numel() - self.numel).wait()
+        with _explained():
+            all_gather_slices(flat, self.group, padding=flat.numel() - self.numel).wait()
         return flat[: self.numel].view(self.shape)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What a failed communication of this file most often means, beside its error."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            "Parameters are cut and gathered by all ranks together: under zero.Init, or while a stage 3 configuration "
+            "is alive in transformers, every rank builds and loads the same models. Was this called on some ranks only "
+            "(`if rank == 0: …from_pretrained(…)`)?"
+        )
+        raise
 
 
 _SLICES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -83,7 +99,8 @@ def cut(parameter: nn.Parameter, group: AxisGroup, home: torch.device | None = N
     """Keep this rank's slice of a whole parameter, with the values of the group's member `source`. Collective."""
     width = -(-parameter.numel() // group.size)
     flat = parameter.data.reshape(-1).contiguous()
-    broadcast(flat, group, source)
+    with _explained():
+        broadcast(flat, group, source)
     own = torch.zeros(width, dtype=flat.dtype, device=home or flat.device)
     part = flat[group.rank * width : (group.rank + 1) * width]
     own[: part.numel()] = part

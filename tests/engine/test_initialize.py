@@ -201,6 +201,9 @@ def test_forms_of_a_configuration(tmp_path: Path) -> None:
         megazero.initialize(model=make())
     with pytest.raises(ConfigError, match=r"needs model="):
         megazero.initialize(config=config)
+    for strange, said in (("gpt2", "'gpt2', a str"), (Regressor, "a type"), ([make()], "a list")):
+        with pytest.raises(ConfigError, match=rf"(?s)model=.*{said}, is no module\. Give an nn\.Module"):
+            megazero.initialize(model=strange, config=config)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"mesh_param=\(1, 2\).*Leave it out"):
         megazero.initialize(model=make(), config=config, mesh_param=(1, 2))
 

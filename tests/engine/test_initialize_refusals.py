@@ -39,6 +39,8 @@ def test_refusals_about_parameters_and_optimizers() -> None:
         empty = Regressor()
     with pytest.raises(ConfigError, match=r"8 parameters are on the meta device, blocks\.0\.weight.*zero\.Init\(\)"):
         engine_of(empty, config_of())
+    with pytest.raises(ConfigError, match=r"2 parameters have no shape yet, 0\.weight .*Call the model on a batch"):
+        engine_of(torch.nn.Sequential(torch.nn.LazyLinear(3)), config_of())
 
 
 def test_what_the_returned_optimizer_refuses() -> None:

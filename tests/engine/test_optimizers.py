@@ -288,6 +288,8 @@ def test_arguments_reach_the_class() -> None:
     given = {"lr": 1e-3, "betas": [0.9, 0.99]}
     make("Adam", parameters, given)
     assert given == {"lr": 1e-3, "betas": [0.9, 0.99]}
+    make("Adafactor", parameters, {"eps": [None, 1e-3], "lr": torch.tensor(1e-3)})
+    make("CPUAdam", parameters, {"weight_decay": None})
 
 
 @pytest.mark.parametrize(
@@ -303,6 +305,11 @@ def test_arguments_reach_the_class() -> None:
         ("AdamW", {"max_grad_norm": 1.0}, "max_grad_norm 1.0.*Write it as gradient_clipping"),
         ("AdamW", {"lr": "auto"}, "lr 'auto': a number is needed, and auto was not resolved. State one"),
         ("AdamW", {"lr": "3e-4"}, "lr '3e-4': a number is needed. Leave the quotes out"),
+        ("AdamW", {"lr": None}, "AdamW with lr None: a number is needed. State one, or leave it out"),
+        ("SGD", {"lr": True, "momentum": [1]}, r"SGD with lr True: a num.*\n.*SGD with momentum \[1\]: a number is"),
+        ("AdamW", {"betas": [0.9, 0.95, 0.99]}, r"betas \[0.9, 0.95, 0.99\]: two numbers.*Write \[0.9, 0.999\]"),
+        ("Lion", {"betas": ["auto", "auto"]}, r"Lion with betas \['auto', 'auto'\]: two numbers"),
+        ("Adam", {"betas": 0.9}, "Adam with betas 0.9: two numbers are needed"),
         ("AdamW", {"lr": -1.0}, "AdamW with lr -1.0: Invalid learning rate"),
         ("AdamW", {"adam_w_mode": False}, "AdamW with adam_w_mode False.*give type Adam"),
         ("Adam", {"bias_correction": False}, "Adam with bias_correction False.*Leave it out"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -245,6 +246,21 @@ def test_init_steps_aside() -> None:
     with pytest.raises(ZeroDivisionError), Init():
         1 / 0  # noqa: B018
     assert Init._active is None and nn.Linear(2, 2).weight.isfinite().all()
+
+
+def check_one_rank_alone() -> None:
+    """A rank builds a model by itself, and the other one goes away."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.barrier()
+    if dist.get_rank() == 1:
+        with pytest.raises(RuntimeError) as failed, Init():
+            nn.Linear(64, 64)
+        assert any("every rank builds and loads the same models" in note for note in failed.value.__notes__)
+    dist.destroy_process_group()
+
+
+def test_init_on_one_rank_alone(ranks: Any) -> None:
+    ranks.run(check_one_rank_alone, 2, group=False)
 
 
 def check_init_of_a_module() -> None:

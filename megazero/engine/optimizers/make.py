@@ -53,6 +53,8 @@ _INSTEAD = {
     "musgd": "SGD",
 }
 """DeepSpeed's names of optimizers that megazero has not -> the nearest one that it has."""
+_NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "muon_lr", "adam_lr", "max_coeff", "min_coeff")
+_NONE_IS_DEFAULT = ("weight_decay", "muon_lr", "adam_lr")
 
 
 def make_optimizer(type: str, params: Any, arguments: Mapping[str, Any] | None = None) -> torch.optim.Optimizer:
@@ -141,16 +143,28 @@ def _check_common(name: str, arguments: dict[str, Any]) -> None:
             f"optimizer {name} with max_grad_norm {arguments['max_grad_norm']}: clipping is not the optimizer's here. "
             "Write it as gradient_clipping, beside the optimizer section."
         )
-    numbers = ("lr", "betas", "eps", "weight_decay", "momentum", "muon_lr", "adam_lr", "max_coeff", "min_coeff")
-    texts = [key for key in numbers if isinstance(arguments.get(key), str)]
-    if texts:
-        raise ConfigError(
-            *(
-                f"optimizer {name} with {key} {arguments[key]!r}: a number is needed"
-                + (", and auto was not resolved. State one." if arguments[key] == "auto" else ". Leave the quotes out.")
-                for key in texts
-            )
-        )
+    problems = [_number_problem(name, key, arguments[key]) for key in _NUMBERS if key in arguments]
+    if found := [f"optimizer {name} with {problem}" for problem in problems if problem]:
+        raise ConfigError(*found)
+
+
+def _number_problem(name: str, key: str, value: Any) -> str | None:
+    """What is wrong with an argument that is to be a number, or two."""
+    if key == "betas":
+        pair = value if isinstance(value, list | tuple) else ()
+        if len(pair) == 2 and all(_is_number(each) for each in pair):
+            return None
+        return f"betas {value!r}: two numbers are needed. Write [0.9, 0.999], or leave it out."
+    if _is_number(value) or (value is None and key in _NONE_IS_DEFAULT) or (name, key) == ("Adafactor", "eps"):
+        return None
+    remedy = "Leave the quotes out" if isinstance(value, str) else "State one, or leave it out"
+    if value == "auto":
+        return f"{key} 'auto': a number is needed, and auto was not resolved. State one."
+    return f"{key} {value!r}: a number is needed. {remedy}."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:
