@@ -18,8 +18,8 @@ def check_real(module: nn.Module) -> None:
     """Raises ConfigError for what is no module, and for parameters without values that nobody knows how to fill."""
     if not isinstance(module, nn.Module):
         raise ConfigError(
-            f"model={module!r:.60}, a {type(module).__name__}, is no module. Give an nn.Module: one made of its class, or "
-            "loaded by its name (from_pretrained)."
+            f"model={module!r:.60}, a {type(module).__name__}, is no module. Give an nn.Module: one made of its "
+            "class, or loaded by its name (from_pretrained)."
         )
     lazy = [n for n, p in module.named_parameters() if is_lazy(p)]
     if lazy:
