@@ -47,8 +47,8 @@ class Queries(Parts):
         if name in ("zero", "shards", "owner") and self.__dict__.get("let_go_by"):
             raise ConfigError(
                 f"this engine was let go by {self.let_go_by}, and has neither parameters nor an optimizer any more. "
-                "Use the engine that the last initialize() returned, or engine.module as an ordinary module. (A Trainer of "
-                "transformers keeps this engine: set trainer.model_wrapped = trainer.model before its next train().)"
+                "Use the engine that the last initialize() returned, or engine.module as an ordinary module. (A "
+                "Trainer of transformers keeps this engine: set trainer.model_wrapped = trainer.model before its next train().)"
             )
         try:
             return getattr(self.module, name)
