@@ -30,8 +30,8 @@ def check_split(module: nn.Module, topology: Topology) -> None:
     if split and topology.size("tp") == 1:
         raise ConfigError(
             f"{len(split)} parameters, {split[0]} for one, are this rank's parts: an earlier engine has split the "
-            "module with tensor parallelism. Use its tp_size again, or load engine.consolidated_state_dict() into a fresh "
-            "module."
+            "module with tensor parallelism. Use its tp_size again, or load engine.consolidated_state_dict() into a "
+            "fresh module."
         )
 
 
