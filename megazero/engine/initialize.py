@@ -30,7 +30,7 @@ from megazero.engine.loader import Loader
 from megazero.engine.monitors import Monitors
 from megazero.engine.mpu import give_specs, topology_of
 from megazero.engine.precision import DTYPES
-from megazero.engine.prepare import check_real, equalize, move_buffers
+from megazero.engine.prepare import check_real, check_split, equalize, move_buffers
 from megazero.engine.units import units_of
 from megazero.parallel.pipeline_module import PipelineModule
 from megazero.parallel.topology import Topology
@@ -163,7 +163,9 @@ def _topology(model: nn.Module, mpu: Any, source: RunConfig | DeepSpeedConfig, d
         return model.topology
     if mpu is not None:
         return topology_of(mpu)
-    return Topology.build(tp=tp, ep=ep, device_type=device.type)
+    topology = Topology.build(tp=tp, ep=ep, device_type=device.type)
+    check_split(model, topology)
+    return topology
 
 
 def _size(source: RunConfig | DeepSpeedConfig, axis: str) -> int:

@@ -35,6 +35,18 @@ def check_real(module: nn.Module) -> None:
         )
 
 
+def check_split(module: nn.Module, topology: Topology) -> None:
+    """Raises ConfigError for a module that an earlier engine has split over tp, where this one has no such axis."""
+    specs = {name: spec_of(name, p) for name, p in module.named_parameters()}
+    split = [name for name, s in specs.items() if s.copies is None and s.local_shape != s.shape]
+    if split and topology.size("tp") == 1:
+        raise ConfigError(
+            f"{len(split)} parameters, {split[0]} for one, are this rank's parts: an earlier engine has split the "
+            "module with tensor parallelism. Use its tp_size again, or load engine.consolidated_state_dict() into a "
+            "fresh module."
+        )
+
+
 def move_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Buffers to the device; floating ones that are saved with the module in its weights' type, as module.to(dtype)
     does. What is not saved (tables of rotary frequencies) keeps its type, which it was computed in for a reason."""

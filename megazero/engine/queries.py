@@ -48,7 +48,8 @@ class Queries(Parts):
             raise ConfigError(
                 f"this engine was let go by {self.let_go_by}, and has neither parameters nor an optimizer any more. "
                 "Use the engine that the last initialize() returned, or engine.module as an ordinary module. (A "
-                "Trainer of transformers keeps it: set trainer.model_wrapped = trainer.model before its next train().)"
+                "Trainer of transformers keeps this engine: set trainer.model_wrapped = trainer.model before its next "
+                "train().)"
             )
         try:
             return getattr(self.module, name)

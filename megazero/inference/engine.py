@@ -20,7 +20,7 @@ from megazero.engine.distributed import join
 from megazero.engine.engine import Engine
 from megazero.engine.foreign import shard_foreign
 from megazero.engine.initialize import facts_of
-from megazero.engine.prepare import check_real, equalize, move_buffers
+from megazero.engine.prepare import check_real, check_split, equalize, move_buffers
 from megazero.engine.units import units_of
 from megazero.inference.generation import Generate
 from megazero.inference.graph import GraphedForward
@@ -111,6 +111,7 @@ def init_inference(model: nn.Module | None = None, config: Source | None = None,
     _, device = join()
     _check_graph(settings)
     topology = Topology.build(tp=settings.tp_size, device_type=device.type)
+    check_split(model, topology)
     log = Log(dist.get_rank() if dist.is_initialized() else 0)
     for key, reason in settings.notes:
         log.main(f"init_inference: {key} has no effect: {reason}")

@@ -21,7 +21,7 @@ from megazero.zero import GatheredParameters
 from megazero.zero.access import owner_of
 from megazero.zero.init import slice_of
 from tests.engine import moe
-from tests.engine.fronts import WIDTH, assert_like, batch_of, config_of, engine_of, make, masters_of, train
+from tests.engine.fronts import WIDTH, assert_like, batch_of, config_of, engine_of, hf_model, make, masters_of, train
 
 LR, EPS = 1e-2, 1e-2  # a large eps: a gradient that is wrong by a factor shows in the weights
 HOOKS = [
@@ -321,6 +321,30 @@ def test_a_configuration_that_is_refused_leaves_the_engine() -> None:
         engine_of(model, settings_of(7))
     train(engine, 2)
     assert_like(engine, plain_phases())
+
+
+def check_tensor_parallel(stage: int) -> None:
+    """The layers stay split: the same tp again, or an error that leaves the engine."""
+    ids = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(1))
+    model, plain = hf_model("gpt2"), hf_model("gpt2")
+    for _ in range(2):
+        settings = settings_of(stage) | {"tensor_parallel": {"autotp_size": 2}}
+        engine = engine_of(model, settings, optimizer=adamw(model))
+        optimizer = adamw(plain)
+        for _ in range(2):
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+            optimizer.zero_grad()
+            plain(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        with pytest.raises(ConfigError, match=r"are this rank's parts: an earlier engine.*Use its tp_size again"):
+            engine_of(model, settings_of(stage), optimizer=adamw(model))
+        assert_like(engine, plain)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_split_layers_stay_split(ranks: Any, stage: int) -> None:
+    ranks.run(check_tensor_parallel, 2, stage)
 
 
 def check_experts(stage: int) -> None:
