@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -32,6 +34,16 @@ def check_real(module: nn.Module) -> None:
         raise ConfigError(
             f"{len(empty)} parameters are on the meta device, {empty[0]} for one, and have no values to start from. "
             "Build the model outside torch.device('meta'); for one that is larger than memory use megazero.zero.Init()."
+        )
+
+
+def tell_narrowed(module: nn.Module, dtype: torch.dtype, say: Callable[[str], None]) -> None:
+    """Say which parameters lose digits without having been asked to: fp64 ones."""
+    wide = [name for name, p in module.named_parameters() if p.dtype == torch.float64]
+    if wide:
+        say(
+            f"{len(wide)} parameters were {torch.float64}, {wide[0]} for one: they are {dtype} from now on, with fp32 "
+            "masters. Give the model inputs of that type."
         )
 
 

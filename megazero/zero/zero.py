@@ -87,9 +87,7 @@ class Zero:
                 place=self.homes.place(bucket.length if bucket.trainable else 0, bucket.width),
             )
         settle_others(model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device)
-        if self.lifetimes.parameters_sharded:
-            for parameter in model.parameters():
-                describe(parameter)
+        describe(model.parameters() if self.lifetimes.parameters_sharded else ())
         self.buckets = [bucket for bucket in buckets if bucket.trainable]
         """Of parameters that are trained, in about the order in which backward fills them."""
         self.frozen = [bucket for bucket in buckets if not bucket.trainable]
@@ -212,6 +210,8 @@ class Zero:
 
     def finish_reduction(self) -> None:
         """Reduce what is left and wait. Afterwards each bucket's `reduced` is the sum over all ranks."""
+        for bucket in self.buckets:
+            bucket.check_memory()
         self.wait_parameters()  # what no forward has used may still be on its way, and the step will change it
         if not self._finished_early or self.reduction.is_unfinished():
             self.reduction.finish()
