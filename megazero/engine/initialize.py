@@ -30,7 +30,7 @@ from megazero.engine.loader import Loader
 from megazero.engine.monitors import Monitors
 from megazero.engine.mpu import give_specs, topology_of
 from megazero.engine.precision import DTYPES
-from megazero.engine.prepare import check_real, check_split, equalize, move_buffers
+from megazero.engine.prepare import check_real, check_split, equalize, move_buffers, tell_narrowed
 from megazero.engine.units import units_of
 from megazero.parallel.pipeline_module import PipelineModule
 from megazero.parallel.topology import Topology
@@ -107,6 +107,7 @@ def initialize(
     release_model(model, "initialize() of its module")
     _apply_pipeline_options(model, settings.options, log)
     gone = spread_experts(model, topology, device, every_layer=_size(source, "expert_model_parallel_size") > 1)
+    tell_narrowed(model, DTYPES[settings.config.training.precision], log.main)
     model = _prepared(model, topology, mpu, device, settings.config)
     named = settings.optimizer if isinstance(settings.optimizer, Named) else None
     made: Any = make_client_optimizer(model, optimizer, model_parameters, named, log.main, gone)

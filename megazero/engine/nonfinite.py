@@ -44,7 +44,17 @@ def describe(zero: Zero, loss: float, local_loss: float) -> str:
             lines.append(f"rank {rank}: loss {report.loss}")
     if not lines:
         lines.append("no single rank: finite gradients overflowed when they were summed or squared")
-    return f"non-finite loss or gradient (loss {loss:.6g}); " + "; ".join(lines[:4])
+    return f"non-finite loss or gradient (loss {loss:.6g}); " + "; ".join(lines[:4]) + _of_slices(zero, loss)
+
+
+def _of_slices(zero: Zero, loss: float) -> str:
+    """Stage 3: what else NaN may come from. fp16's overflows need no such hint."""
+    if zero.gatherer is None or zero.dtype == torch.float16 or math.isinf(loss):
+        return ""
+    return (
+        ". Stage 3 shows parameters as NaN outside the forward of their module: if the loss, or a function saved for "
+        "backward, reads some elsewhere, let it do so inside megazero.zero.GatheredParameters"
+    )
 
 
 def _report(zero: Zero, local_loss: float) -> _Report:

@@ -21,6 +21,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Weights' type by `training.precision`."""
 _MISMATCH = ("same dtype", "expected scalar type", "should be the same", "expected m1 and m2", "must match")
 
+_IN_16_BITS = (
+    ', or let the engine do it with "{}": {{"auto_cast": true}} (training.autocast_inputs), or keep fp32 weights and '
+    'compute in 16 bits with "torch_autocast": {{"enabled": true}} (training.autocast).'
+)
+
 
 class Precision:
     """The types of one engine's forward."""
@@ -49,12 +54,12 @@ class Precision:
                 yield
         except RuntimeError as error:
             said = f"{error} {error.__cause__}"
-            if self.dtype != torch.float32 and "type" in said and any(part in said for part in _MISMATCH):
+            mixed = self.dtype != torch.float32 or "ouble" in said
+            if mixed and "type" in said and any(part in said for part in _MISMATCH):
                 name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
                 error.add_note(
-                    f"The weights are {self.dtype}. If an input is not: cast it with .to({self.dtype}), or let the "
-                    f'engine do it with "{name}": {{"auto_cast": true}} (training.autocast_inputs), or keep fp32 '
-                    'weights and compute in 16 bits with "torch_autocast": {"enabled": true} (training.autocast).'
+                    f"The weights are {self.dtype}. If an input is not: cast it with .to({self.dtype})"
+                    + ("." if self.dtype == torch.float32 else _IN_16_BITS.format(name))
                 )
             raise
 

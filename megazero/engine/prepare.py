@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -44,6 +46,16 @@ def check_split(module: nn.Module, topology: Topology) -> None:
             f"{len(split)} parameters, {split[0]} for one, are this rank's parts: an earlier engine has split the "
             "module with tensor parallelism. Use its tp_size again, or load engine.consolidated_state_dict() into a "
             "fresh module."
+        )
+
+
+def tell_narrowed(module: nn.Module, dtype: torch.dtype, say: Callable[[str], None]) -> None:
+    """Say which parameters lose digits without having been asked to: fp64 ones."""
+    wide = [name for name, p in module.named_parameters() if p.dtype == torch.float64]
+    if wide:
+        say(
+            f"{len(wide)} parameters were {torch.float64}, {wide[0]} for one: they are {dtype} from now on, with fp32 "
+            "masters. Give the model inputs of that type."
         )
 
 

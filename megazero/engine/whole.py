@@ -32,11 +32,21 @@ def consolidated(module: nn.Module, zero: Zero, *, fp32: bool, exclude_frozen: b
         mine += [
             (*piece, torch.float32 if fp32 and piece[3].is_floating_point() else piece[3].dtype) for piece in pieces
         ]
+    empty = _empty(module, exclude_frozen)
+    mine += [(*piece, dtype if piece[3].is_floating_point() else piece[3].dtype) for piece in empty]
     logical = _to_first(zero, mine)
     everywhere = gather_objects(list(_keys(module)), zero.topology.group("world"))
     if zero.topology.rank:
         return {}
     return {key: logical[name] for of_rank in everywhere for key, name in of_rank if name in logical}
+
+
+def _empty(module: nn.Module, exclude_frozen: bool) -> Iterator[Boxed]:
+    """Parameters without an element, which no rank has a slice of."""
+    for name, parameter in module.named_parameters():
+        if not parameter.numel() and (parameter.requires_grad or not exclude_frozen):
+            spec = spec_of(name, parameter)
+            yield spec.name, spec.shape, Box((0,) * len(spec.shape), spec.local_shape), parameter.detach()
 
 
 def _to_first(zero: Zero, mine: list[tuple[str, tuple[int, ...], Box, Tensor, torch.dtype]]) -> dict[str, Tensor]:
@@ -45,15 +55,17 @@ def _to_first(zero: Zero, mine: list[tuple[str, tuple[int, ...], Box, Tensor, to
     plans = gather_objects([(name, shape, box, dtype) for name, shape, box, _, dtype in mine], world)
     found: dict[str, Tensor] = {}
     if world.rank:
-        for _, _, _, tensor, dtype in mine:
-            send(tensor.detach().to(device=zero.device, dtype=dtype).contiguous(), world, 0).wait()
+        for _, _, box, tensor, dtype in mine:
+            if box.numel:
+                send(tensor.detach().to(device=zero.device, dtype=dtype).contiguous(), world, 0).wait()
         return found
     for rank, plan in enumerate(plans):
         for number, (name, shape, box, dtype) in enumerate(plan):
             if rank == 0:
                 value = mine[number][3].detach().to(device="cpu", dtype=dtype)
             else:
-                value = receive(torch.empty(box.shape, dtype=dtype, device=zero.device), world, rank).cpu()
+                value = torch.empty(box.shape, dtype=dtype, device=zero.device)
+                value = receive(value, world, rank).cpu() if box.numel else value.cpu()
             if name not in found:
                 found[name] = torch.empty(shape, dtype=dtype)
             box.of(found[name]).copy_(value)

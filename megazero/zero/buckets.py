@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megazero.base.errors import ConfigError
 from megazero.parallel.sharding import ShardSpec, spec_of
 from megazero.parallel.topology import AxisGroup
 from megazero.zero.homes import FileTensor, Place, Transfer, pinned
@@ -67,6 +68,11 @@ class Bucket:
         self.placed: list[Placed] = []
         at = 0
         for name, parameter in members:
+            if trainable and parameter.is_complex():
+                raise ConfigError(
+                    f"{name} is {parameter.dtype}, and flat buckets hold real numbers. Keep torch.view_as_real(…) of it "
+                    "as the parameter, and use torch.view_as_complex(…) of that in forward."
+                )
             self.placed.append(Placed(name, parameter, spec_of(name, parameter), at, at + parameter.numel()))
             at += parameter.numel()
         quantum = group.size * ALIGNMENT
@@ -217,6 +223,22 @@ class Bucket:
         for place in self.placed:
             place.parameter.data = stand_in(place, self.dtype, self.device)
             set_available(place.parameter, False)
+
+    def check_memory(self) -> None:
+        """Raise ConfigError for a parameter that is no longer in its place here: no step would reach it."""
+        size = self.dtype.itemsize
+        base = None if self.values is None else self.values.data_ptr()
+        for place in self.placed:
+            if base is None:
+                moved = place.parameter.untyped_storage().nbytes() > size
+            else:
+                moved = place.parameter.data_ptr() != base + place.start * size
+            if moved and place.start < place.stop:
+                raise ConfigError(
+                    f"{place.name} has been given other memory since initialize() (p.data = …, module.to(), .half()), "
+                    "which no step would reach. Change values in place, inside GatheredParameters with modifier_rank=0; "
+                    "cast and move the module before initialize()."
+                )
 
     def cast_master(self, master: Tensor | None = None) -> None:
         """Write the updated masters (default: this bucket's own, if they are apart from the weights) into the model's

@@ -125,6 +125,8 @@ class GatheredParameters:
         if bucket.trainable:
             write_master(bucket, place, value)
         write_weights(owner.zero, bucket, place, value)
+        if bucket.values is not None:
+            parameter.data = place.of(bucket.values)  # the block may have given it other memory
 
     def _check_rank(self, group: AxisGroup) -> None:
         if self.modifier_rank is not None and self.modifier_rank not in group.ranks:

@@ -93,10 +93,11 @@ class Reduction:
             self._open_again(index)
         grads = self._buffer(bucket)
         target = place.of(grads)
+        gradient = parameter.grad if parameter.grad.layout == torch.strided else parameter.grad.to_dense()
         if parameter in self._filled[index]:
-            target.add_(parameter.grad)
+            target.add_(gradient)
         else:
-            target.copy_(parameter.grad)
+            target.copy_(gradient)
             self._filled[index].add(parameter)
             self.ever_filled.add(parameter)
         parameter.grad = None

@@ -1,7 +1,8 @@
 """`module.state_dict()` and `load_state_dict()` as in plain torch, at every stage.
 
 Stage 3 gathers a unit while its entries are copied out. Loading writes masters from what is given, before it is cast to
-the model's type, so that the next update goes on from there. Both are collective.
+the model's type, so that the next update goes on from there; with assign=True too values are copied. Both are
+collective.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ def _before_load(
     module: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
+    local_metadata: dict[str, Any],
     *rest: Any,
 ) -> None:
+    local_metadata["assign_to_params_buffers"] = False  # no step would reach what is put in a parameter's place
     zero.wait_parameters()
     if zero.gatherer is not None:
         zero.gatherer.hold(indices)

@@ -27,14 +27,15 @@ class ZeroParamStatus(Enum):
     INFLIGHT = 3
 
 
-def describe(parameter: Tensor) -> None:
-    """Note its shape and number of elements."""
-    parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()  # type: ignore[attr-defined]
+def describe(parameters: Iterable[Tensor]) -> None:
+    """Note the shape and the number of elements of each."""
+    for parameter in parameters:
+        parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()  # type: ignore[attr-defined]
 
 
 def mark(parameter: Tensor) -> None:
     """It has been cut: it shows its shape and no values."""
-    describe(parameter)
+    describe([parameter])
     if not hasattr(parameter, "ds_id"):
         parameter.ds_id = next(_IDS)  # type: ignore[attr-defined]
     set_available(parameter, False)

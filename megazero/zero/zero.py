@@ -116,9 +116,7 @@ class Zero:
 
     def _register(self, units: list[str]) -> None:
         """Learn of gradients as they come, and of parameters before they are read."""
-        if self.lifetimes.parameters_sharded:
-            for parameter in self.model.parameters():
-                describe(parameter)
+        describe(self.model.parameters() if self.lifetimes.parameters_sharded else ())
         for parameter in self.reduction.home:
             self.hung(parameter.register_post_accumulate_grad_hook(partial(_ready, weakref.ref(self))))
         overlaps = self.overlap_gather and self.lifetimes.optimizer_sharded and self.group.size > 1
@@ -219,6 +217,8 @@ class Zero:
 
     def finish_reduction(self) -> None:
         """Reduce what is left and wait. Afterwards each bucket's `reduced` is the sum over all ranks."""
+        for bucket in self.buckets:
+            bucket.check_memory()
         self.wait_parameters()  # what no forward has used may still be on its way, and the step will change it
         if not self._finished_early or self.reduction.is_unfinished():
             self.reduction.finish()
