@@ -107,8 +107,7 @@ def initialize(
     release_model(model, "initialize() of its module")
     _apply_pipeline_options(model, settings.options, log)
     gone = spread_experts(model, topology, device, every_layer=_size(source, "expert_model_parallel_size") > 1)
-    tell_narrowed(model, DTYPES[settings.config.training.precision], log.main)
-    model = _prepared(model, topology, mpu, device, settings.config)
+    model = _prepared(model, topology, mpu, device, settings.config, log)
     named = settings.optimizer if isinstance(settings.optimizer, Named) else None
     made: Any = make_client_optimizer(model, optimizer, model_parameters, named, log.main, gone)
     if made is None and isinstance(settings.optimizer, OptimizerConfig):
@@ -124,14 +123,18 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _prepared(model: nn.Module, topology: Topology, mpu: Any, device: torch.device, config: RunConfig) -> nn.Module:
+def _prepared(
+    model: nn.Module, topology: Topology, mpu: Any, device: torch.device, config: RunConfig, log: Log
+) -> nn.Module:
     """The module split over tp if it is to be, with equal values on all ranks of a ZeRO group and buffers in place."""
+    dtype = DTYPES[config.training.precision]
+    tell_narrowed(model, dtype, log.main)
     if mpu is not None:
         give_specs(model, topology)
     else:
         model = shard_foreign(model, topology, device)
     equalize(model, topology, device)
-    move_buffers(model, device, DTYPES[config.training.precision])
+    move_buffers(model, device, dtype)
     return model
 
 

@@ -70,8 +70,8 @@ class Bucket:
         for name, parameter in members:
             if trainable and parameter.is_complex():
                 raise ConfigError(
-                    f"{name} is {parameter.dtype}, and flat buckets hold real numbers. Keep torch.view_as_real(…) of it "
-                    "as the parameter, and use torch.view_as_complex(…) of that in forward."
+                    f"{name} is {parameter.dtype}, and flat buckets hold real numbers. Keep torch.view_as_real(…) of "
+                    "it as the parameter, and use torch.view_as_complex(…) of that in forward."
                 )
             self.placed.append(Placed(name, parameter, spec_of(name, parameter), at, at + parameter.numel()))
             at += parameter.numel()
@@ -236,8 +236,8 @@ class Bucket:
             if moved and place.start < place.stop:
                 raise ConfigError(
                     f"{place.name} has been given other memory since initialize() (p.data = …, module.to(), .half()), "
-                    "which no step would reach. Change values in place, inside GatheredParameters with modifier_rank=0; "
-                    "cast and move the module before initialize()."
+                    "which no step would reach. Change values in place, inside GatheredParameters with "
+                    "modifier_rank=0; cast and move the module before initialize()."
                 )
 
     def cast_master(self, master: Tensor | None = None) -> None:

@@ -89,9 +89,8 @@ class Zero:
                 place=self.homes.place(bucket.length if bucket.trainable else 0, bucket.width),
             )
         self._undo: list[Callable[[], None]] = []
-        self.dropped = settle_others(
-            model, {place.parameter for bucket in buckets for place in bucket.placed}, dtype, device
-        )
+        placed = {place.parameter for bucket in buckets for place in bucket.placed}
+        self.dropped = settle_others(model, placed, dtype, device)
         self.buckets = [bucket for bucket in buckets if bucket.trainable]
         """Of parameters that are trained, in about the order in which backward fills them."""
         self.frozen = [bucket for bucket in buckets if not bucket.trainable]

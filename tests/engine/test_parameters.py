@@ -1,5 +1,5 @@
-"""Parameters of unusual kinds under initialize(): with sparse gradients, without elements, fp64, complex; and parameters
-that leave the engine's memory."""
+"""Parameters of unusual kinds under initialize(): with sparse gradients, without elements, fp64, complex; and some that
+leave the engine's memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ class Wave(nn.Module):
 
 def test_complex_parameters() -> None:
     for stage in (0, 3):
-        with pytest.raises(ConfigError, match=r"phase is torch\.complex64, .*Keep torch\.view_as_real.*view_as_complex"):
+        with pytest.raises(
+            ConfigError, match=r"phase is torch\.complex64, .*Keep torch\.view_as_real.*view_as_complex"
+        ):
             engine_of(Wave(), config_of(stage))
     model = Wave()
     model.phase.requires_grad_(False)
