@@ -222,6 +222,8 @@ def parts() -> dict[str, Any]:
 
 
 def test_engines_that_are_refused(parts: dict[str, Any]) -> None:
+    sharing = engine(language_model())
+    sharing.module = parts["actor"].module  # initialize() of that module would end the actor's engine
     refused: list[tuple[dict[str, Any], str]] = [
         ({"actor": parts["ref"]}, "the actor is an engine without an optimizer, and it is to be trained. Make it an e"),
         ({"critic": nn.Linear(2, 2)}, "the critic is a Linear, and it is to be trained. Make"),
@@ -229,7 +231,7 @@ def test_engines_that_are_refused(parts: dict[str, Any]) -> None:
         ({"reward": nn.Linear(2, 2)}, "the reward is a Linear, and it is only asked. Make it"),
         ({"critic": engine(language_model(), trained=True)}, "LlamaForCausalLM, which has no value for each token. Ma"),
         ({"tokenizer": types.SimpleNamespace(pad_token_id=None)}, "has no pad token"),
-        ({"ref": engine(parts["actor"].module)}, "the ref is the actor: it would change with it. Load the model a sec"),
+        ({"ref": sharing}, "the ref is the actor: it would change with it. Load the model a sec"),
     ]
     for changed, said in refused:
         with pytest.raises(ConfigError, match=said):
