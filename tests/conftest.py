@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,12 @@ from tests.harness import Ranks
 
 settings.register_profile("megazero", deadline=None, derandomize=True)  # a failure must be the same on every machine
 settings.load_profile("megazero")
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is tested: a shell's background job ignores SIGINT, and so would every process the tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -52,7 +52,10 @@ class Field:
 
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         with self.start(*words, **variables) as process:
-            out, err = process.communicate(timeout=120)
+            try:
+                out, err = process.communicate(timeout=120)
+            finally:
+                process.kill()  # one that hangs fails the test and no more
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def ssh_log(self) -> list[str]:

@@ -155,7 +155,10 @@ def test_ctrl_c_ends_every_host(tmp_path: Path) -> None:
             time.sleep(0.1)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # so that a launch that does not listen fails the test and no more
     assert process.returncode == 130, err
     pids = [int(path.read_text()) for path in tmp_path.glob("pid-*") if path.read_text()]
     assert len(pids) == 2 and all(gone(pid) for pid in pids)

@@ -12,6 +12,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +115,27 @@ print("FOUND " + json.dumps(train(engine, 3)), flush=True)
 """
 
 
-def start(program: str, arguments: list[str], ranks: int, blocks: int) -> list[subprocess.Popen[str]]:
-    """Fresh processes, whose allocator gives freed memory back at once."""
+@contextmanager
+def started(program: str, arguments: list[str], ranks: int, blocks: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Fresh processes, whose allocator gives freed memory back at once; killed at the end, if they still run."""
     base = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, and not used: the ranks meet at a file
     base |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", MODEL + program.replace("BLOCKS", str(blocks)), *arguments]
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    with ExitStack() as stack:
+        processes = []
+        for rank in range(ranks):
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        yield processes
 
 
 def answer(process: subprocess.Popen[str]) -> Any:
@@ -142,7 +148,8 @@ def answer(process: subprocess.Popen[str]) -> Any:
 def test_resident_memory_falls_as_the_table_says(tmp_path: Path) -> None:
     blocks, ranks = 16, 2
     psi = blocks * (1024 * 1024 + 1024)
-    found = [answer(process) for process in start(STAGES, [str(tmp_path)], ranks, blocks)]
+    with started(STAGES, [str(tmp_path)], ranks, blocks) as processes:
+        found = [answer(process) for process in processes]
     expected = {
         "stage 0": 16 * psi,
         "stage 1": 8 * psi + 8 * psi / ranks,
@@ -161,7 +168,10 @@ def test_resident_memory_falls_as_the_table_says(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_trains_with_offload(tmp_path: Path) -> None:
-    with_offload, without = (start(CAPPED, [str(tmp_path), how], 1, 32)[0] for how in ("offload", "none"))
-    assert answer(with_offload) > 0
-    error = without.communicate(timeout=120)[1]
-    assert without.returncode != 0 and "memory" in error.splitlines()[-1], error[-3000:]
+    with (
+        started(CAPPED, [str(tmp_path), "offload"], 1, 32) as (fits,),
+        started(CAPPED, [str(tmp_path), "none"], 1, 32) as (fails,),
+    ):
+        assert answer(fits) > 0
+        error = fails.communicate(timeout=120)[1]
+    assert fails.returncode != 0 and "memory" in error.splitlines()[-1], error[-3000:]
