@@ -17,8 +17,9 @@ from torch import nn
 
 from megazero.base.errors import ConfigError
 from megazero.config.deepspeed import Named
+from megazero.engine.lr import LearningRate
 from megazero.engine.optimizers.make import make_optimizer
-from megazero.engine.schedulers.make import make_scheduler
+from megazero.engine.schedulers import Course, make_scheduler
 
 OptimizerSource = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None
 Say = Callable[[str], None]
@@ -155,8 +156,10 @@ def _listed(parameters: Iterable[Any]) -> Iterable[Any]:
         yield from entry["params"] if isinstance(entry, dict) else [entry[1] if isinstance(entry, tuple) else entry]
 
 
-def make_client_scheduler(optimizer: Any, given: Any, named: Named | None, say: Say) -> Any:
+def make_client_scheduler(optimizer: Any, given: Any, named: Named | LearningRate | None, say: Say) -> Any:
     """The scheduler of this optimizer (the one with shards in it); None where nothing says which."""
+    if isinstance(named, LearningRate):
+        return None if optimizer is None else Course(optimizer, named)
     if given is not None and named is not None:
         say(f"the lr_scheduler given to initialize() is used, not the configuration's {named.type}")
     if given is not None and optimizer is None:

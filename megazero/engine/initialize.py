@@ -27,10 +27,12 @@ from megazero.engine.experts import expert_parallel_size, spread_experts
 from megazero.engine.foreign import shard_foreign
 from megazero.engine.given import OptimizerSource, make_client_optimizer, make_client_scheduler
 from megazero.engine.loader import Loader
+from megazero.engine.lr import LearningRate
 from megazero.engine.monitors import Monitors
 from megazero.engine.mpu import give_specs, topology_of
 from megazero.engine.precision import DTYPES
 from megazero.engine.prepare import check_real, check_split, equalize, move_buffers, tell_narrowed
+from megazero.engine.schedulers import course_of
 from megazero.engine.units import units_of
 from megazero.parallel.pipeline_module import PipelineModule
 from megazero.parallel.topology import Topology
@@ -46,7 +48,7 @@ class Settings:
 
     config: RunConfig
     optimizer: Named | OptimizerConfig | None
-    scheduler: Named | None
+    scheduler: Named | LearningRate | None
     options: Options
     report: str | None
 
@@ -82,7 +84,8 @@ def initialize(
         lr_scheduler: a scheduler of the optimizer, or a function that makes one of it; by default the configuration's.
         mpu: Megatron's object that knows the parallel groups.
         collate_fn: makes a batch of a list of samples.
-        config: a ds_config.json (path, mapping or base64 text), or a RunConfig. `config_params` is its old name.
+        config: a ds_config.json (path, mapping or base64 text), or a RunConfig, whose section `optimizer` counts with
+            its learning-rate course where no optimizer is given. `config_params` is its old name.
         distributed_port, dist_init_required: DeepSpeed's; the launcher's address is used, and the process group is
             joined where there is one to join. mesh_param: see `topology` in PipelineModule; here it is an error.
 
@@ -101,7 +104,9 @@ def initialize(
     _, device = join()
     log = Log(dist.get_rank() if dist.is_initialized() else 0)
     topology = _topology(model, mpu, source, device)
-    settings = _settle(source, topology, model, device, own_scheduler=lr_scheduler is not None)
+    settings = _settle(
+        source, topology, model, device, own_optimizer=optimizer is not None, own_scheduler=lr_scheduler is not None
+    )
     if settings.report:
         log.main(settings.report)
     release_model(model, "initialize() of its module")
@@ -186,14 +191,17 @@ def _settle(
     model: nn.Module,
     device: torch.device,
     *,
+    own_optimizer: bool = False,
     own_scheduler: bool = False,
 ) -> Settings:
     """The configuration for these ranks and this model, with the precision that "auto" means here. `own_scheduler`: the
-    script has one, so that what the configuration says of its own need not be complete."""
+    script has one, so that what the configuration says of its own need not be complete; a RunConfig's learning-rate
+    course goes with its optimizer."""
     replicas = topology.size("dp")
     if isinstance(source, RunConfig):
         options = Options(steps_per_print=source.logging.log_interval)
-        return Settings(_as_it_is(source, topology, device), source.optimizer, None, options, None)
+        course = None if own_optimizer or own_scheduler else course_of(source)
+        return Settings(_as_it_is(source, topology, device), source.optimizer, course, options, None)
     left = replace(source, scheduler=None) if own_scheduler else source
     found = resolve_deepspeed(left, data_parallel_size=replicas, model=facts_of(model))
     config = _as_it_is(found.config, topology, device, found.options.auto_precision)

@@ -11,10 +11,11 @@ initial values, whatever the ranks' random states. `initialize()` takes the slic
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megazero.base.device import default_backend, device_for, initialize_distributed
+from megazero.base.errors import ConfigError
 from megazero.base.launch import Launch
 from megazero.parallel.collectives import all_gather_slices, broadcast
 from megazero.parallel.topology import AxisGroup
@@ -85,6 +87,53 @@ def forget(parameter: Tensor) -> None:
     """Its values are elsewhere now."""
     if _SLICES.pop(parameter, None) is not None:
         unmark(parameter)
+        for name in _COPYING:
+            vars(parameter).pop(name, None)
+
+
+class _Copying:
+    """What `copy.deepcopy` and pickle do with a parameter of Init's, as attributes of the parameter.
+
+    A copy of a slice is a slice; one of a parameter that is whole while a model is built is one more that is built
+    (torch.nn.TransformerEncoder is made of such copies).
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = weakref.ref(parameter)  # which holds this
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        parameter = self._parameter()
+        assert parameter is not None
+        made = type(parameter)(parameter.data, parameter.requires_grad)
+        known = _SLICES.get(parameter)
+        if known is not None and not is_available(parameter):
+            _SLICES[made] = replace(known, own=known.own.clone())
+            mark(made)
+            _watch_copies(made)
+            return made
+        made.data = parameter.data.clone(memory_format=torch.preserve_format)
+        if Init._active is not None:
+            Init._active.take(made)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parameter = self._parameter()
+        assert parameter is not None
+        if not is_available(parameter):
+            raise ConfigError(
+                f"a parameter of shape {tuple(parameter.shape)} that was built under zero.Init cannot be pickled: this "
+                "rank has one slice of it. Pickle inside `with GatheredParameters(list(module.parameters())):`."
+            )
+        return nn.Parameter(parameter.data, parameter.requires_grad).__reduce_ex__(protocol)
+
+
+_COPYING = ("__deepcopy__", "__reduce_ex__")
+
+
+def _watch_copies(parameter: nn.Parameter) -> None:
+    copying = _Copying(parameter)
+    for name in _COPYING:
+        setattr(parameter, name, getattr(copying, name))
 
 
 @torch.no_grad()
@@ -107,6 +156,7 @@ def cut(parameter: nn.Parameter, group: AxisGroup, home: torch.device | None = N
     _SLICES[parameter] = Slice(group, parameter.shape, parameter.dtype, parameter.device, own)
     parameter.data = torch.full((), torch.nan, dtype=flat.dtype, device=flat.device).expand(parameter.shape)
     mark(parameter)
+    _watch_copies(parameter)
 
 
 class Init:
@@ -158,7 +208,7 @@ class Init:
             return self
         self.group = self._find_group()
         register, read = nn.Module.register_parameter, nn.Module.__getattr__
-        taking = self._take
+        taking = self.take
 
         def register_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             register(module, name, parameter)
@@ -192,15 +242,17 @@ class Init:
         if kind is None:  # after an error the ranks may not be at the same place
             self._shrink(0)
 
-    def _take(self, parameter: nn.Parameter) -> None:
-        """A parameter was registered or read: it is whole, and the newest."""
+    def take(self, parameter: nn.Parameter) -> None:
+        """A parameter was registered, read or copied: it is whole, and the newest."""
         if parameter.is_meta or not parameter.is_floating_point():
             return
         known = _SLICES.get(parameter)
         if not is_available(parameter):
             restore(parameter)
-        elif known is None and self.dtype is not None and parameter.dtype != self.dtype:
-            parameter.data = parameter.data.to(self.dtype)
+        elif known is None and parameter not in self._live:
+            _watch_copies(parameter)
+            if self.dtype is not None:
+                parameter.data = parameter.data.to(self.dtype)
         self._live[parameter] = None
         self._live.move_to_end(parameter)
         self._shrink(max(LIVE_ELEMENTS, parameter.numel()))

@@ -7,6 +7,7 @@ import base64
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 
 import megazero
 from megazero.base.errors import ConfigError
-from megazero.config.schema import RunConfig, TrainingConfig
+from megazero.config.schema import OptimizerConfig, RunConfig, TrainingConfig
 from megazero.engine.engine import Engine
 from megazero.engine.optimizers import Adagrad, CPUAdam
 from megazero.parallel.topology import Topology
@@ -215,10 +216,39 @@ def test_a_run_config() -> None:
     assert engine.settings.training.precision == "fp32" and engine.max_norm == 1.0
     train(engine, 2)
     assert_like(engine, plain(2, clip=1.0)[0])
-    by_settings = megazero.initialize(model=make(), config=settings)[0]
+    assert engine.lr_scheduler is None  # the course is of the section's own optimizer
+    with pytest.raises(ConfigError, match=r"'cosine' needs to know how long .* Give training\.train_iters or"):
+        megazero.initialize(model=make(), config=settings)
+    constant = replace(settings, optimizer=OptimizerConfig(lr=0.01, lr_decay_style="constant"))
+    by_settings = megazero.initialize(model=make(), config=constant)[0]
     assert isinstance(by_settings.optimizer.inner, torch.optim.AdamW)  # type: ignore[union-attr]
+    train(by_settings, 2)
+    assert by_settings.get_lr() == [0.01] * len(by_settings.optimizer.param_groups)  # type: ignore[union-attr]
     with pytest.raises(AttributeError):
         _ = by_settings.config
+
+
+@pytest.mark.parametrize(
+    "length", [{"train_iters": 6}, {"train_samples": 96}, {}], ids=["train_iters", "train_samples", "lr_decay_iters"]
+)
+def test_the_learning_rate_course_of_a_run_config(length: dict[str, int]) -> None:
+    course = OptimizerConfig(
+        lr=0.01, min_lr=0.001, lr_warmup_iters=2, lr_decay_style="linear", lr_decay_iters=None if length else 6
+    )
+    training = TrainingConfig(precision="fp32", micro_batch_size=16, global_batch_size=16, **length)  # type: ignore[arg-type]
+    engine = megazero.initialize(model=make(), config=RunConfig(training=training, optimizer=course))[0]
+    used = []
+    for _ in range(8):
+        used.append(engine.get_lr()[0])
+        train(engine, 1)
+    # W = 2, D = 6: 0, then half of the warmup, the peak, and down to min_lr in steps of (lr - min_lr) / 4
+    assert used == pytest.approx([0, 0.005, 0.01, 0.00775, 0.0055, 0.00325, 0.001, 0.001])
+    stated = megazero.initialize(model=make(), config=RunConfig(training=training), lr_scheduler=flat)[3]
+    assert isinstance(stated, torch.optim.lr_scheduler.LambdaLR)
+
+
+def flat(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
 
 def test_parameters_that_are_not_listed_are_not_trained() -> None:
