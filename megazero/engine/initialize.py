@@ -93,12 +93,7 @@ def initialize(
     """
     if model is None:
         raise ConfigError("initialize() needs model=…, the module to train.")
-    if mesh_param is not None:
-        raise ConfigError(
-            f"mesh_param={mesh_param!r}: a mesh for DeepSpeed's sequence parallelism, which megazero has not got for "
-            "modules from elsewhere. Leave it out."
-        )
-    given = _given(args, config, config_params)
+    given = _given(args, config, config_params, mesh_param)
     source = given if isinstance(given, RunConfig) else read_deepspeed(given)
     check_real(model)
     _, device = join()
@@ -143,8 +138,13 @@ def _prepared(
     return model
 
 
-def _given(args: Any, config: Source | None, config_params: Source | None) -> Source:
-    """The one configuration that was given. Raises ConfigError for none, or for several."""
+def _given(args: Any, config: Source | None, config_params: Source | None, mesh_param: Any) -> Source:
+    """The one configuration that was given. Raises ConfigError for none, or for several, and for a mesh."""
+    if mesh_param is not None:
+        raise ConfigError(
+            f"mesh_param={mesh_param!r}: a mesh for DeepSpeed's sequence parallelism, which megazero has not got for "
+            "modules from elsewhere. Leave it out."
+        )
     named = {
         "args.deepspeed_config": getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None),
         "config": config,
