@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megazero.base.errors import ConfigError
 from megazero.parallel.collectives import Pending, all_gather_slices
-from megazero.zero.buckets import Bucket
+from megazero.zero.buckets import Bucket, innermost
 from megazero.zero.homes import Transfer
 from megazero.zero.hooks import Hook
 
@@ -101,15 +101,18 @@ class Gatherer:
         self._register(model, units)
 
     def _register(self, model: nn.Module, units: list[str]) -> None:
+        """Units, and all modules around and beside them: each may be called by itself (`model.encoder(x)`)."""
         roots = _roots(model)
         for name, module in model.named_modules(remove_duplicate=False):
-            if module in self._hooked or not (module in roots or name in units):
+            outside = module in roots or not innermost(name, units)
+            if module in self._hooked or not (outside or name in units):
                 continue
             unit = name if name in units else ""
             inside = {self.of[p] for p in module.parameters() if p in self.of}
             others = [other for other in units if not unit or other.startswith(f"{unit}.")]  # gather by themselves
             indices = sorted(index for index in inside if self.buckets[index].unit not in others)
-            self._hook(module, unit, indices)
+            if inside or module in roots:
+                self._hook(module, unit, indices)
 
     def _hook(self, module: nn.Module, unit: str, indices: list[int]) -> None:
         self._hooked.add(module)
