@@ -167,14 +167,16 @@ class PipelineModule(nn.Module):
 
         Raises ConfigError when a layer does not run on meta, where shapes come from, or for too few micro-batches.
         """
+        if dtype != self._dtype:
+            self._shapes.clear()
         self._dtype = dtype
-        self._shapes.clear()
+        few = self.schedule == "1f1b" and micro_batches < len(self.cut)  # which torch refuses; the order is GPipe's
         try:
             return Pipeline(
                 self._stages,
                 self.places,
                 self.topology.group("pp"),
-                schedule=self.schedule,
+                schedule="gpipe" if few else self.schedule,
                 micro_batches=micro_batches,
                 example=example,
                 received=self._received,
@@ -187,7 +189,8 @@ class PipelineModule(nn.Module):
         except ValueError as error:
             raise ConfigError(
                 f"{micro_batches} micro-batches a step with schedule {self.schedule!r} and {len(self.cut)} stages on "
-                f"{self.topology.size('pp')} ranks: {error}. Change the number of micro-batches, or use 'gpipe'."
+                f"{self.topology.size('pp')} ranks: {str(error).rstrip('.')}. Change the number of micro-batches, or "
+                "use 'gpipe'."
             ) from error
 
     def _run_stage(self, stage: nn.Module, inputs: Mapping[str, Tensor], hidden: Any) -> Any:
