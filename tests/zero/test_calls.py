@@ -1,5 +1,5 @@
-"""Forwards of another shape than one call of the whole module: parts by themselves, generators, an engine inside an
-engine's module. Losses, gradients (through the optimizer) and weights are those of one process."""
+"""Forwards of another shape than one call of the whole module: parts by themselves, generators, other people's
+saved-tensor hooks, an engine inside an engine's module. Losses and weights are those of one process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import megazero
 from tests.zero.test_stages import WIDTH, Blocks, make
@@ -66,9 +67,79 @@ def loss_of_steps(model: Any, ids: Tensor) -> Tensor:
     return total
 
 
+class Outer(nn.Module):
+    """Calls a model that is not its child, and may be another engine."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.own, self.other = Blocks(2), [inner]
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.own(ids) * self.other[0](ids)
+
+
+def check_engine_inside(stages: tuple[int, int]) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    plain, model = make(lambda: Outer(Blocks())), make(lambda: Outer(Blocks()))
+    parameters = [*plain.parameters(), *plain.other[0].parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    inner, *_ = megazero.initialize(model=model.other[0], config=settings_of(stages[0]))
+    model.other[0] = inner
+    engine, *_ = megazero.initialize(model=model, config=settings_of(stages[1]))
+    for step in range(3):
+        optimizer.zero_grad()
+        torch.stack([plain(ids_of(other, step)).square().mean() for other in range(ranks)]).mean().backward()
+        optimizer.step()
+        engine.backward(engine(ids_of(rank, step)).square().mean())
+        engine.step()
+        inner.step()
+    for trained, wanted in ((engine.module, plain), (inner.module, plain.other[0])):
+        weights = trained.state_dict()
+        for key, value in wanted.state_dict().items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("stages", [(3, 3), (3, 1), (1, 3)], ids=str)
+def test_an_engine_inside_anothers_module(ranks: Any, stages: tuple[int, int]) -> None:
+    ranks.run(check_engine_inside, 2, stages)
+
+
+class Tracker:
+    """Keeps saved tensors itself, as activation offloaders do: parameters as they are, others elsewhere."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def pack(self, tensor: Tensor) -> int:
+        self.kept.append(tensor if isinstance(tensor, nn.Parameter) else tensor.clone())
+        return len(self.kept) - 1
+
+    def hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self.pack, lambda index: self.kept[index])
+
+
+class Offloaded(Blocks):
+    """Its blocks run under hooks of a user's."""
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.embed(ids)
+        for block in self.blocks:
+            with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                x = block(x)
+        return self.head(self.norm(x))
+
+
+def loss_under_hooks(model: Any, ids: Tensor) -> Tensor:
+    with Tracker().hooks():
+        loss: Tensor = model(ids).square().mean()
+    return loss
+
+
 CALLS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "parts": (Autoencoder, loss_of_parts),
     "generator": (Stepwise, loss_of_steps),
+    "under hooks": (Blocks, loss_under_hooks),
+    "blocks under hooks": (Offloaded, lambda model, ids: model(ids).square().mean()),
 }
 
 
