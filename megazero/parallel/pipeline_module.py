@@ -67,7 +67,7 @@ class PipelineModule(nn.Module):
     ) -> None:
         super().__init__()
         self.topology = _topology(num_stages, topology)
-        self.loss_fn, self.schedule, self.seed_layers = loss_fn, schedule, seed_layers
+        self.schedule, self.seed_layers = schedule, seed_layers
         self._layers = list(layers)
         self._metas = [MetaLayer(layer, index) for index, layer in enumerate(self._layers)]
         pp = self.topology.size("pp")
@@ -93,6 +93,11 @@ class PipelineModule(nn.Module):
             LocalStage(stage, _Run([built[i] for i in self.cut[stage]], activation_checkpoint_interval))
             for stage in mine
         ]
+        self.loss_fn: LossFunction | None
+        if mine[-1] == stages - 1:
+            self.loss_fn = loss_fn  # a module with parameters is trained, and saved, where it is called
+        else:
+            self.__dict__["loss_fn"] = loss_fn
 
     @property
     def units(self) -> list[str]:

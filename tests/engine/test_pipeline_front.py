@@ -3,6 +3,7 @@ shapes and the number of micro-batches; batches that cannot travel are refused i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +41,8 @@ def engine_of(stages: int, micro_batches: int, stage: int = 1, **settings: Any) 
         *[LayerSpec(Residual) for _ in range(3)],
         TiedLayerSpec("embed", nn.Embedding, VOCABULARY, WIDTH, forward_fn=logits),
     ]
-    module = PipelineModule(layers, num_stages=stages, loss_fn=mean_loss, seed_layers=True, **settings)
+    settings = {"loss_fn": mean_loss, "seed_layers": True} | settings
+    module = PipelineModule(layers, num_stages=stages, **settings)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": micro_batches,
@@ -123,3 +125,36 @@ def unequal() -> str:
 def test_unequal_shapes_in_a_step(ranks: Any) -> None:
     first, second = ranks.run(unequal, 2)
     assert first == second and "micro-batch 1 of the same step {'input0': (1, 4), 'label0': (1, 4)}" in first
+
+
+class Weighted(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.linspace(-1, 1, VOCABULARY))
+
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        return mean_loss(output + self.bias, labels)
+
+
+def train_loss_module(stages: int, folder: str) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and norms; the weights that a fresh engine loads from its checkpoint."""
+    engine, found = engine_of(stages, 4, loss_fn=Weighted()), []
+    for step in range(STEPS):
+        found.append(float(engine.train_batch(iter([text(step, index, 5) for index in range(4)]))))
+        found.append(engine.get_global_grad_norm())
+    engine.save_checkpoint(folder)
+    fresh = engine_of(stages, 4, loss_fn=Weighted())
+    fresh.load_checkpoint(folder)
+    return found, fresh.consolidated_state_dict()
+
+
+def test_a_loss_with_parameters_is_trained_and_saved(ranks: Any, tmp_path: Path) -> None:
+    wanted, weights = ranks.run(train_loss_module, 1, 1, str(tmp_path / "one"))[0]
+    answers = ranks.run(train_loss_module, 2, 2, str(tmp_path / "two"))
+    assert not torch.equal(weights["loss_fn.bias"], Weighted().bias)
+    for found, _ in answers:
+        assert found == pytest.approx(wanted, rel=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(answers[0][1][name], weight, rtol=1e-3, atol=1e-5, msg=name)
