@@ -66,7 +66,7 @@ def named_micro_batch(batch: Any, *, labelled: bool) -> tuple[Any, Any]:
         of = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
         raise ConfigError(
             f"a PipelineModule's micro-batch is (inputs, labels), not a {type(batch).__name__}{of}. Give a collate_fn "
-            "that returns both."
+            "that returns both, or engine.set_batch_fn(…) a function that makes both of a batch."
         )
     inputs, labels = batch
     for kind, value in (("inputs", inputs), ("labels", labels)):

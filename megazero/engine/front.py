@@ -8,7 +8,7 @@ micro-batch 1    forward ─► backward ─► step()   boundary: reduce, updat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
@@ -225,6 +225,11 @@ class Front(Parts):
     def set_dataiterator(self, iterator: Iterator[Any]) -> None:
         """Take the batches of `train_batch` from this iterator from now on."""
         self.feed.iterator = iterator
+
+    def set_batch_fn(self, fn: Callable[[Any], Any]) -> None:
+        """Have `train_batch` and `eval_batch` take `fn(batch)` of each micro-batch: (inputs, labels) of a mapping, say,
+        for a PipelineModule."""
+        self.feed.batch_fn = fn
 
     def _loss(self, batch: Any) -> Tensor:
         if isinstance(self.module, PipelineModule):

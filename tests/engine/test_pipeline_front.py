@@ -115,6 +115,25 @@ def test_what_cannot_travel(ranks: Any, batch: Any, message: str) -> None:
         assert all(message in line and "collate_fn" in line for line in said)
 
 
+def of_mappings() -> tuple[list[float], list[float]]:
+    """Losses of training and evaluation on pairs, and on mappings of which a function makes pairs."""
+    pairs, found = [text(0, index, 5) for index in range(2)], []
+    for mapped in (False, True):
+        engine, batches = engine_of(2, 2), pairs
+        if mapped:
+            with pytest.raises(ConfigError, match="set_batch_fn"):
+                engine.train_batch(iter([{"ids": pairs[0][0]}] * 2))
+            engine.set_batch_fn(lambda batch: (batch["ids"], batch["labels"]))
+            batches = [{"ids": ids, "labels": labels} for ids, labels in pairs]
+        found.append([float(method(iter(batches))) for method in (engine.train_batch, engine.eval_batch)])
+    return found[0], found[1]
+
+
+def test_a_function_of_each_batch(ranks: Any) -> None:
+    for wanted, found in ranks.run(of_mappings, 2):
+        assert found == wanted
+
+
 def unequal() -> str:
     engine = engine_of(2, 2)
     with pytest.raises(ConfigError) as error:
