@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,12 +54,41 @@ def loss_in(output: Any, module: nn.Module) -> Tensor:
     )
 
 
-def named_micro_batch(batch: Any) -> tuple[Any, Any]:
-    """The (inputs, labels) of a PipelineModule's micro-batch. Raises ConfigError for anything else."""
-    if isinstance(batch, list | tuple) and len(batch) == 2:
-        return batch[0], batch[1]
-    of = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
-    raise ConfigError(
-        f"a PipelineModule's micro-batch is (inputs, labels), not a {type(batch).__name__}{of}. Give a collate_fn that "
-        "returns both."
-    )
+def named_micro_batch(batch: Any, *, labelled: bool) -> tuple[Any, Any]:
+    """The (inputs, labels) of a PipelineModule's micro-batch, each a tensor or a tuple of tensors.
+
+    Args:
+        labelled: there is a loss_fn, which takes the labels. Else they may be None.
+
+    Raises ConfigError for anything else.
+    """
+    if not (isinstance(batch, list | tuple) and len(batch) == 2):
+        of = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
+        raise ConfigError(
+            f"a PipelineModule's micro-batch is (inputs, labels), not a {type(batch).__name__}{of}. Give a collate_fn "
+            "that returns both, or engine.set_batch_fn(…) a function that makes both of a batch."
+        )
+    inputs, labels = batch
+    for kind, value in (("inputs", inputs), ("labels", labels)):
+        if kind == "labels" and value is None and not labelled:
+            continue
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if not isinstance(part, Tensor):
+                raise ConfigError(
+                    f"the {kind} of a PipelineModule's micro-batch are tensors, not a {type(part).__name__}: every "
+                    "stage has to know their shapes. Give a collate_fn that returns (inputs, labels), each a tensor or "
+                    "a tuple of tensors."
+                )
+    return inputs, labels
+
+
+def refuse_unlike(micro_batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raises ConfigError when the micro-batches of one step through a pipeline differ in shape."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in batch.items()} for batch in micro_batches]
+    for index, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise ConfigError(
+                f"train_batch(): micro-batch 0 has shapes {shapes[0]}, micro-batch {index} of the same step {other}: a "
+                "pipeline takes equal ones in a step (other steps may have others). Pad them, with drop_last=True for "
+                "the loader's last one."
+            )

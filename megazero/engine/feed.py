@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ class Feed:
         self.device = device
         self.loader: Any = None
         self.iterator: Iterator[Any] | None = None
+        self.batch_fn: Callable[[Any], Any] | None = None
+        """Makes of each batch what the module takes."""
 
     def set_loader(self, loader: Iterable[Any]) -> None:
         """Go round and round this one from now on."""
@@ -48,4 +50,5 @@ class Feed:
                 f"{what}() takes {wanted} micro-batches, and the iterator had {len(batches)} left. Make a new one for "
                 "each epoch, or give the loader to engine.set_dataloader(…), which goes round."
             )
-        return [to_device(batch, self.device) for batch in batches]
+        made = batches if self.batch_fn is None else [self.batch_fn(batch) for batch in batches]
+        return [to_device(batch, self.device) for batch in made]

@@ -8,16 +8,16 @@ micro-batch 1    forward ─► backward ─► step()   boundary: reduce, updat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megazero.base.errors import ConfigError
-from megazero.engine.batches import call, loss_in, named_micro_batch
+from megazero.engine.batches import call, loss_in, named_micro_batch, refuse_unlike
 from megazero.engine.parts import Parts
 from megazero.engine.precision import scaled_outputs
 from megazero.engine.update import Divisors, StepResult
@@ -210,7 +210,7 @@ class Front(Parts):
         batches = self.feed.take(data_iter, "eval_batch", num_micro_batches or self.accumulation.steps)
         if isinstance(self.module, PipelineModule) and self.topology.size("pp") > 1:
             named = [self._micro_batch(batch) for batch in batches]
-            losses = self._pipeline_for(named[0]).forward(named)
+            losses = self._pipeline_for(named[0], shapes="any").forward(named)
         else:
             losses = [self._loss(batch) for batch in batches]
         self.module.train(was_training)
@@ -226,6 +226,11 @@ class Front(Parts):
         """Take the batches of `train_batch` from this iterator from now on."""
         self.feed.iterator = iterator
 
+    def set_batch_fn(self, fn: Callable[[Any], Any]) -> None:
+        """Have `train_batch` and `eval_batch` take `fn(batch)` of each micro-batch: (inputs, labels) of a mapping, say,
+        for a PipelineModule."""
+        self.feed.batch_fn = fn
+
     def _loss(self, batch: Any) -> Tensor:
         if isinstance(self.module, PipelineModule):
             self.zero.sync = self.accumulation.reduces_now
@@ -234,11 +239,13 @@ class Front(Parts):
         return loss_in(call(self, batch), self.module)
 
     def _micro_batch(self, batch: Any) -> dict[str, Tensor]:
-        inputs, labels = named_micro_batch(batch)
+        assert isinstance(self.module, PipelineModule)
+        inputs, labels = named_micro_batch(batch, labelled=self.module.loss_fn is not None)
         return PipelineModule.micro_batch(self.precision.inputs(inputs), labels)
 
-    def _pipeline_for(self, example: Mapping[str, Tensor]) -> Pipeline:
-        if self.pipeline is None:
+    def _pipeline_for(self, example: Mapping[str, Tensor], *, shapes: Literal["any", "its own"]) -> Pipeline:
+        """The pipeline, made anew for micro-batches of other shapes where these matter."""
+        if self.pipeline is None or (shapes != "any" and not self.pipeline.fits(example)):
             assert isinstance(self.module, PipelineModule)
             self.use_pipeline(
                 partial(
@@ -254,7 +261,9 @@ class Front(Parts):
 
     def _train_pipeline(self, batches: list[Any]) -> None:
         named = [self._micro_batch(batch) for batch in batches]
-        pipeline, count = self._pipeline_for(named[0]), float(self.accumulation.steps * self.accumulation.replicas)
+        refuse_unlike(named)
+        pipeline = self._pipeline_for(named[0], shapes="its own")
+        count = float(self.accumulation.steps * self.accumulation.replicas)
         self.zero.sync = True
         with self.timers("forward and backward"), self.precision.forward():
             total = pipeline.train(named, torch.tensor(count / self.loss_scale, device=self.device))

@@ -31,7 +31,7 @@ from megazero.engine.lr import LearningRate
 from megazero.engine.monitors import Monitors
 from megazero.engine.mpu import give_specs, topology_of
 from megazero.engine.precision import DTYPES
-from megazero.engine.prepare import check_real, check_split, equalize, move_buffers, tell_narrowed
+from megazero.engine.prepare import check_real, check_rewritten, check_split, equalize, move_buffers, tell_narrowed
 from megazero.engine.schedulers import course_of
 from megazero.engine.units import units_of
 from megazero.parallel.pipeline_module import PipelineModule
@@ -128,6 +128,7 @@ def _prepared(
 ) -> nn.Module:
     """The module split over tp if it is to be, with equal values on all ranks of a ZeRO group and buffers in place."""
     dtype = DTYPES[config.training.precision]
+    check_rewritten(model, topology, dtype)
     tell_narrowed(model, dtype, log.main)
     if mpu is not None:
         give_specs(model, topology)

@@ -49,6 +49,21 @@ def check_split(module: nn.Module, topology: Topology) -> None:
         )
 
 
+def check_rewritten(module: nn.Module, topology: Topology, dtype: torch.dtype) -> None:
+    """Raises ConfigError for weights that their own forward rewrites, where ranks would rewrite other rows than each
+    other, or the fp32 masters would not hear of it."""
+    if topology.size("zero") == 1 and dtype == torch.float32:
+        return
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None and part.weight.requires_grad:
+            raise ConfigError(
+                f"{name or type(part).__name__} has max_norm={part.max_norm}: its forward scales the rows that this "
+                "rank's batch reads, which is lost on the other ranks and in the fp32 masters. Set max_norm to None, "
+                "and scale rows where they are read, or after step() inside GatheredParameters(weight, "
+                "modifier_rank=0)."
+            )
+
+
 def tell_narrowed(module: nn.Module, dtype: torch.dtype, say: Callable[[str], None]) -> None:
     """Say which parameters lose digits without having been asked to: fp64 ones."""
     wide = [name for name, p in module.named_parameters() if p.dtype == torch.float64]

@@ -85,6 +85,7 @@ class Pipeline:
     ) -> None:
         self.stages, self.places, self.group, self.device = list(stages), list(places), group, device
         self.received, self.forward_stage, self.micro_batches = received, forward, micro_batches
+        self._shapes = _shapes(example)
         self._doing = "before the first action"
         self._denominator = torch.ones((), device=device)
         self._total = torch.zeros((), dtype=torch.float64, device=device)
@@ -119,6 +120,10 @@ class Pipeline:
     @property
     def has_last(self) -> bool:
         return self.stages[-1].number == len(self.places) - 1
+
+    def fits(self, micro_batch: Inputs) -> bool:
+        """Whether its tensors have the shapes and types for which this was made, as `train` needs them."""
+        return _shapes(micro_batch) == self._shapes
 
     def train(self, micro_batches: Sequence[Inputs], denominator: Tensor) -> Tensor:
         """Forward and backward of every micro-batch with loss sum / denominator as the loss.
@@ -238,6 +243,10 @@ class _Stage(pipelining.PipelineStage):
 
 
 _LOSS = torch.empty(1, device="meta", requires_grad=True)
+
+
+def _shapes(batch: Inputs) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()}
 
 
 def _tensors(hidden: Hidden) -> tuple[Tensor, ...]:

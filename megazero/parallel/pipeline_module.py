@@ -67,7 +67,7 @@ class PipelineModule(nn.Module):
     ) -> None:
         super().__init__()
         self.topology = _topology(num_stages, topology)
-        self.loss_fn, self.schedule, self.seed_layers = loss_fn, schedule, seed_layers
+        self.schedule, self.seed_layers = schedule, seed_layers
         self._layers = list(layers)
         self._metas = [MetaLayer(layer, index) for index, layer in enumerate(self._layers)]
         pp = self.topology.size("pp")
@@ -93,6 +93,11 @@ class PipelineModule(nn.Module):
             LocalStage(stage, _Run([built[i] for i in self.cut[stage]], activation_checkpoint_interval))
             for stage in mine
         ]
+        self.loss_fn: LossFunction | None
+        if mine[-1] == stages - 1:
+            self.loss_fn = loss_fn  # a module with parameters is trained, and saved, where it is called
+        else:
+            self.__dict__["loss_fn"] = loss_fn
 
     @property
     def units(self) -> list[str]:
@@ -167,14 +172,16 @@ class PipelineModule(nn.Module):
 
         Raises ConfigError when a layer does not run on meta, where shapes come from, or for too few micro-batches.
         """
+        if dtype != self._dtype:
+            self._shapes.clear()
         self._dtype = dtype
-        self._shapes.clear()
+        few = self.schedule == "1f1b" and micro_batches < len(self.cut)  # which torch refuses; the order is GPipe's
         try:
             return Pipeline(
                 self._stages,
                 self.places,
                 self.topology.group("pp"),
-                schedule=self.schedule,
+                schedule="gpipe" if few else self.schedule,
                 micro_batches=micro_batches,
                 example=example,
                 received=self._received,
@@ -187,7 +194,8 @@ class PipelineModule(nn.Module):
         except ValueError as error:
             raise ConfigError(
                 f"{micro_batches} micro-batches a step with schedule {self.schedule!r} and {len(self.cut)} stages on "
-                f"{self.topology.size('pp')} ranks: {error}. Change the number of micro-batches, or use 'gpipe'."
+                f"{self.topology.size('pp')} ranks: {str(error).rstrip('.')}. Change the number of micro-batches, or "
+                "use 'gpipe'."
             ) from error
 
     def _run_stage(self, stage: nn.Module, inputs: Mapping[str, Tensor], hidden: Any) -> Any:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megazero.base.errors import ConfigError
 from megazero.parallel.collectives import Pending, all_gather_slices
-from megazero.zero.buckets import Bucket
+from megazero.zero.buckets import Bucket, innermost
 from megazero.zero.homes import Transfer
 from megazero.zero.hooks import Hook
 
@@ -45,10 +45,33 @@ class Limits:
 class Packed:
     """A view of a bucket's whole values, without the memory."""
 
+    gatherer: Gatherer
     index: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What autograd saves of parameters while forwards of these engines run, one inside the other."""
+
+    gatherers: tuple[Gatherer, ...]
+    around: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
+    """The hooks of someone else (a checkpoint, which keeps nothing; an offloader), who decides what is kept, and how.
+    He gets a parameter's memory, not the parameter, which shows NaN when backward comes."""
+
+    def pack(self, tensor: Tensor) -> Any:
+        found = (gatherer.pack(tensor) for gatherer in self.gatherers)
+        packed = next((one for one in found if one is not None), None)
+        if self.around is not None:
+            return self.around[0](tensor if packed is None else tensor.detach())
+        return tensor if packed is None else packed
+
+    def unpack(self, saved: Any) -> Tensor:
+        if self.around is not None:
+            return self.around[1](saved)
+        return saved.gatherer.unpack(saved) if isinstance(saved, Packed) else saved
 
 
 class Chain:
@@ -101,15 +124,18 @@ class Gatherer:
         self._register(model, units)
 
     def _register(self, model: nn.Module, units: list[str]) -> None:
+        """Units, and all modules around and beside them: each may be called by itself (`model.encoder(x)`)."""
         roots = _roots(model)
         for name, module in model.named_modules(remove_duplicate=False):
-            if module in self._hooked or not (module in roots or name in units):
+            outside = module in roots or not innermost(name, units)
+            if module in self._hooked or not (outside or name in units):
                 continue
             unit = name if name in units else ""
             inside = {self.of[p] for p in module.parameters() if p in self.of}
             others = [other for other in units if not unit or other.startswith(f"{unit}.")]  # gather by themselves
             indices = sorted(index for index in inside if self.buckets[index].unit not in others)
-            self._hook(module, unit, indices)
+            if inside or module in roots:
+                self._hook(module, unit, indices)
 
     def _hook(self, module: nn.Module, unit: str, indices: list[int]) -> None:
         self._hooked.add(module)
@@ -160,11 +186,15 @@ class Gatherer:
             self._held.clear()
 
     def _push(self) -> saved_tensors_hooks | None:
-        """Make autograd save places instead of memory, unless someone else (a checkpoint, which keeps nothing, or an
-        offloader, which keeps copies) decides what is saved."""
-        if in_backward() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        """Make autograd save places instead of memory."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        saving = getattr(top[0], "__self__", None) if top is not None else None
+        if not isinstance(saving, Saving):
+            saving = Saving((), top)
+        if in_backward() or self in saving.gatherers:
             return None
-        hooks = saved_tensors_hooks(self.pack, self.unpack)
+        saving = Saving((self, *saving.gatherers), saving.around)
+        hooks = saved_tensors_hooks(saving.pack, saving.unpack)
         hooks.__enter__()
         return hooks
 
@@ -188,19 +218,17 @@ class Gatherer:
 
     # what backward does
 
-    def pack(self, tensor: Tensor) -> Tensor | Packed:
-        """What autograd keeps of a tensor that it saves."""
+    def pack(self, tensor: Tensor) -> Packed | None:
+        """What autograd keeps of a parameter that it saves; None for another tensor."""
         if not self._by_pointer:
-            return tensor
+            return None
         index = self._by_pointer.get(tensor.untyped_storage().data_ptr())
         if index is None or tensor.dtype != self.buckets[index].dtype:
-            return tensor
-        return Packed(index, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            return None
+        return Packed(self, index, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-    def unpack(self, saved: Tensor | Packed) -> Tensor:
-        """The saved tensor, gathered if need be."""
-        if isinstance(saved, Tensor):
-            return saved
+    def unpack(self, saved: Packed) -> Tensor:
+        """The saved parameter, gathered if need be."""
         self.need_in_backward(saved.index)
         values = self.buckets[saved.index].values
         assert values is not None
@@ -340,48 +368,6 @@ def _roots(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, nn.ModuleList | nn.ModuleDict):
         return [model]
     return [root for child in model.children() for root in _roots(child)]
-
-
-class OnAccess(dict[str, nn.Parameter | None]):
-    """A module's `_parameters`, which tells of each that is read through an attribute, and of each that is listed
-    (`parameters()`, `state_dict()`)."""
-
-    def __init__(
-        self,
-        parameters: dict[str, nn.Parameter | None],
-        before: Callable[[nn.Parameter], None],
-        listed: Callable[[nn.Parameter], None],
-        before_copy: Callable[[Iterable[nn.Parameter]], None],
-    ) -> None:
-        super().__init__(parameters)
-        self._before, self._listed, self._before_copy = before, listed, before_copy
-
-    def __getitem__(self, name: str) -> nn.Parameter | None:
-        parameter = super().__getitem__(name)
-        if parameter is not None:
-            self._before(parameter)
-        return parameter
-
-    def items(self) -> Any:
-        for parameter in super().values():
-            if parameter is not None:
-                self._listed(parameter)
-        return super().items()
-
-    def __reduce__(self) -> Any:  # a copied or pickled module is an ordinary one
-        plain = self.plain()
-        self._before_copy(p for p in plain.values() if p is not None)
-        return dict, (plain,)
-
-    def plain(self) -> dict[str, nn.Parameter | None]:
-        """The same as an ordinary dictionary."""
-        return dict(dict.items(self))
-
-
-def stop_watching(module: nn.Module) -> None:
-    """Give a module an ordinary `_parameters` again."""
-    if isinstance(module._parameters, OnAccess):
-        module._parameters = module._parameters.plain()
 
 
 def in_backward() -> bool:

@@ -24,9 +24,10 @@ from megazero.parallel.sharding import Box, spec_of, spec_slice_boxes
 from megazero.parallel.topology import AxisGroup, Topology
 from megazero.zero.adopt import drop_gradients, give_specs, leave_meta, settle_others, values_of, with_leaves
 from megazero.zero.buckets import Bucket, Placed, innermost, make_buckets
-from megazero.zero.gather import Gatherer, Limits, OnAccess, stop_watching
+from megazero.zero.gather import Gatherer, Limits
 from megazero.zero.homes import Homes
 from megazero.zero.hooks import Hook
+from megazero.zero.reads import OnAccess, stop_watching
 from megazero.zero.reduction import Reduction
 from megazero.zero.stages import STAGES
 from megazero.zero.status import describe

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -62,3 +64,27 @@ def test_what_the_returned_optimizer_refuses() -> None:
     with pytest.raises(AttributeError, match=r"neither the engine's optimizer nor AdamW has 'nothing'"):
         _ = optimizer.nothing
     assert "AdamW" in repr(optimizer) and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def check_max_norm(precision: str) -> None:
+    class Words(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = torch.nn.Embedding(8, 4, max_norm=1.0)
+            self.head = torch.nn.Linear(4, 1)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.words(ids)).square().mean()
+
+    config = config_of() | {"bf16": {"enabled": precision == "bf16"}}
+    with pytest.raises(ConfigError, match=r"words has max_norm=1\.0(.|\n)*Set max_norm to None"):
+        engine_of(Words(), config)
+    frozen = Words()
+    frozen.words.requires_grad_(False)
+    engine_of(frozen, config)
+
+
+def test_weights_that_their_forward_rewrites(ranks: Any) -> None:
+    ranks.run(check_max_norm, 2, "fp32")
+    ranks.run(check_max_norm, 1, "bf16")
+    engine_of(torch.nn.Sequential(torch.nn.Embedding(8, 4, max_norm=1.0)), config_of())  # one rank, one copy

@@ -336,7 +336,8 @@ class TestErrors:
         assert "it takes 2 or more" in said(refused, two, num_stages=2, schedule="interleaved-1f1b", virtual_stages=1)
         assert "virtual_stages=2 with schedule '1f1b': it takes 1" in said(refused, two, num_stages=2, virtual_stages=2)
         assert "pp rank 1 would hold nothing to train: relu" in said(refused, [linear(), torch.relu], num_stages=2)
-        assert "1 micro-batches a step with schedule '1f1b' and 2 stages" in said(refused, two, num_stages=2)
+        many = {"num_stages": 2, "schedule": "dualpipev"}
+        assert "1 micro-batches a step with schedule 'dualpipev' and 4 stages" in said(refused, two * 2, **many)
         assert "layers 0 and 3 (Linear) share a parameter" in said(refused_shared)
         assert "layer 1 (<lambda>) cannot run on torch's meta device" in said(refused_values)
         assert "the last of its stage, returns a int" in said(refused_result)
