@@ -103,13 +103,15 @@ class Gatherer:
     def _register(self, model: nn.Module, units: list[str]) -> None:
         roots = _roots(model)
         for name, module in model.named_modules(remove_duplicate=False):
-            if module in self._hooked or not (module in roots or name in units):
+            if module in self._hooked:
                 continue
             unit = name if name in units else ""
-            inside = {self.of[p] for p in module.parameters() if p in self.of}
+            whole = bool(unit) or module in roots  # else what it holds in no unit: it may be called by itself
+            inside = {self.of[p] for p in module.parameters(recurse=whole) if p in self.of}
             others = [other for other in units if not unit or other.startswith(f"{unit}.")]  # gather by themselves
             indices = sorted(index for index in inside if self.buckets[index].unit not in others)
-            self._hook(module, unit, indices)
+            if whole or indices:
+                self._hook(module, unit, indices)
 
     def _hook(self, module: nn.Module, unit: str, indices: list[int]) -> None:
         self._hooked.add(module)
