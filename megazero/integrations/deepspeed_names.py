@@ -17,7 +17,7 @@ from megazero.base.errors import ConfigError
 from megazero.engine.units import units_of
 from megazero.integrations import deepspeed_checkpointing, deepspeed_groups
 from megazero.integrations.deepspeed_comm import get_rank, init_distributed
-from megazero.integrations.deepspeed_trainer import let_train_again
+from megazero.integrations.deepspeed_trainer import mend_trainer
 from megazero.zero import context
 
 DEEPSPEED_ENVIRONMENT_NAME = ".megazero_env"
@@ -50,8 +50,8 @@ def initialize(args: Any = None, **given: Any) -> Any:
     """`megazero.initialize`, in a process group even if that has one member, as transformers and accelerate expect of
     DeepSpeed; from then on `checkpointing.checkpoint` does as the section activation_checkpointing of
     the configuration says, unless the script has configured it itself, and `deepspeed.utils.groups` answers for
-    this engine. A Trainer of transformers may train again after it (deepspeed_trainer.py)."""
-    let_train_again()
+    this engine. transformers' Trainer may train again after it, and save (deepspeed_trainer.py)."""
+    mend_trainer()
     init_distributed(dist_init_required=given.get("dist_init_required"))
     result = megazero.initialize(args, **given)
     deepspeed_groups.remember(result[0])
