@@ -110,13 +110,20 @@ def zero_wrapper_for_fp_tensor_constructor(
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
     """A copy of nested lists, tuples and dicts whose tensors have memory of their own, so that torch.save writes no
-    more than they show."""
+    more than they show. Equal views, as of tied weights, share one copy: savers write such a weight once."""
+    return _cloned(item, device, {})
+
+
+def _cloned(item: Any, device: torch.device | str, known: dict[object, Tensor]) -> Any:
     if isinstance(item, Tensor):
-        return item.detach().clone().to(device)
+        place = (item.device, item.data_ptr() or id(item), item.dtype, item.shape, item.stride())
+        if place not in known:
+            known[place] = item.detach().to(device, copy=True)
+        return known[place]
     if isinstance(item, list | tuple):
-        return type(item)(clone_tensors_for_torch_save(value, device) for value in item)
+        return type(item)(_cloned(value, device, known) for value in item)
     if isinstance(item, Mapping):
-        return type(item)({key: clone_tensors_for_torch_save(value, device) for key, value in item.items()})  # type: ignore[call-arg]
+        return type(item)({key: _cloned(value, device, known) for key, value in item.items()})  # type: ignore[call-arg]
     return item
 
 
