@@ -17,6 +17,7 @@ from megazero.base.errors import ConfigError
 from megazero.engine.units import units_of
 from megazero.integrations import deepspeed_checkpointing, deepspeed_groups
 from megazero.integrations.deepspeed_comm import get_rank, init_distributed
+from megazero.integrations.deepspeed_trainer import mend_trainer
 from megazero.zero import context
 
 DEEPSPEED_ENVIRONMENT_NAME = ".megazero_env"
@@ -49,7 +50,8 @@ def initialize(args: Any = None, **given: Any) -> Any:
     """`megazero.initialize`, in a process group even if that has one member, as transformers and accelerate expect of
     DeepSpeed; from then on `checkpointing.checkpoint` does as the section activation_checkpointing of
     the configuration says, unless the script has configured it itself, and `deepspeed.utils.groups` answers for
-    this engine."""
+    this engine. transformers' Trainer may train again after it, and save (deepspeed_trainer.py)."""
+    mend_trainer()
     init_distributed(dist_init_required=given.get("dist_init_required"))
     result = megazero.initialize(args, **given)
     deepspeed_groups.remember(result[0])
@@ -108,13 +110,20 @@ def zero_wrapper_for_fp_tensor_constructor(
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
     """A copy of nested lists, tuples and dicts whose tensors have memory of their own, so that torch.save writes no
-    more than they show."""
+    more than they show. Equal views, as of tied weights, share one copy: savers write such a weight once."""
+    return _cloned(item, device, {})
+
+
+def _cloned(item: Any, device: torch.device | str, known: dict[object, Tensor]) -> Any:
     if isinstance(item, Tensor):
-        return item.detach().clone().to(device)
+        place = (item.device, item.data_ptr() or id(item), item.dtype, item.shape, item.stride())
+        if place not in known:
+            known[place] = item.detach().to(device, copy=True)
+        return known[place]
     if isinstance(item, list | tuple):
-        return type(item)(clone_tensors_for_torch_save(value, device) for value in item)
+        return type(item)(_cloned(value, device, known) for value in item)
     if isinstance(item, Mapping):
-        return type(item)({key: clone_tensors_for_torch_save(value, device) for key, value in item.items()})  # type: ignore[call-arg]
+        return type(item)({key: _cloned(value, device, known) for key, value in item.items()})  # type: ignore[call-arg]
     return item
 
 

@@ -174,6 +174,17 @@ def test_copies_have_memory_of_their_own() -> None:
     assert torch.equal(copy["a"][1][0], big[2:3])
 
 
+def test_tied_weights_stay_tied_in_a_copy() -> None:
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)])
+    model[1].weight = model[0].weight
+    before = model.state_dict() | {"row": model[0].weight[0]}
+    copy = names.clone_tensors_for_torch_save(before)
+    at = {name: value.data_ptr() for name, value in copy.items()}
+    assert at["0.weight"] == at["1.weight"] and len(set(at.values())) == len(before) - 1
+    assert not set(at.values()) & {value.data_ptr() for value in before.values()}
+    assert all(torch.equal(copy[name], value) for name, value in before.items())
+
+
 def test_move_to_device() -> None:
     moved = names.move_to_device({"x": [torch.ones(1), 3]}, "meta")
     assert moved["x"][0].is_meta and moved["x"][1] == 3

@@ -99,3 +99,41 @@ def check_family(family: str, folder: str | None) -> None:
 def test_built_in_slices_and_trained_as_one_process(ranks: Any, tmp_path: Path, family: str, size: int) -> None:
     ranks.run(check_family, size, family, None)
     ranks.run(check_family, size, family, str(tmp_path / "model"))
+
+
+def check_submodules() -> None:
+    """Parts called by themselves, whose small norms are in no unit: the numbers of the whole model on one process."""
+    from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    plain = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)).eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    how = {"input_ids": ids, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    wanted = plain.generate(**how)
+    hidden = plain.get_encoder()(input_ids=ids).last_hidden_state.detach()
+    engine, *_ = megazero.initialize(model=plain, config=SETTINGS)
+    engine.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(engine.module.get_encoder()(input_ids=ids).last_hidden_state, hidden)
+    assert torch.equal(wanted, engine.module.generate(**how))
+
+    torch.manual_seed(1)
+    plain = AutoModelForCausalLM.from_config(configuration("llama"))
+    torch.manual_seed(1)
+    engine, *_ = megazero.initialize(model=AutoModelForCausalLM.from_config(configuration("llama")), config=SETTINGS)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, eps=1e-6)
+    for _ in range(2):
+        logits = [each.lm_head(each.model(input_ids=ids).last_hidden_state) for each in (engine.module, plain)]
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+        engine.backward(logits[0].square().mean())
+        engine.step()
+        optimizer.zero_grad()
+        logits[1].square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        assert engine.get_global_grad_norm() == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_parts_that_are_called_by_themselves(ranks: Any) -> None:
+    ranks.run(check_submodules, 2)
