@@ -69,13 +69,15 @@ class ShardOptimizer:
         self._by_bucket: dict[int, list[Cut]] = {id(bucket): [] for bucket in zero.buckets}
         for bucket, _, start, stop in zero.segments(key):
             place = next(iter(bucket.parts(start, stop)))[0]
-            cut = Cut(bucket, start, stop, nn.Parameter(torch.empty(0, device=bucket.place.state_device)), place)
+            shown = torch.zeros((), device=bucket.place.state_device).expand(stop - start)  # a master in a file
+            cut = Cut(bucket, start, stop, nn.Parameter(shown), place)
             if bucket.master_in_memory:
                 cut.flat.data = cut.part_of(bucket.master)
             self._by_bucket[id(bucket)].append(cut)
             groups[index[place.parameter]].append(cut.flat)
         repoint(self.optimizer, groups)
         self.files = StateFiles()
+        self._put_filed()  # what was started already: Adagrad's sums
         self.at_hand = all(
             b.grad_dtype == torch.float32 and b.reduced.device == b.place.state_device and not self._is_filed(b)
             for b in zero.buckets
@@ -88,6 +90,12 @@ class ShardOptimizer:
 
     def _is_filed(self, bucket: Bucket) -> bool:
         return bucket.place.state_store is not None or not bucket.master_in_memory
+
+    def _put_filed(self) -> None:
+        """Put states that were made outside a step into their files."""
+        for bucket in self.zero.buckets:
+            if self._is_filed(bucket):
+                self.files.put(bucket, self._by_bucket[id(bucket)], self.optimizer, wait=True)
 
     # the update
 
@@ -206,7 +214,7 @@ class ShardOptimizer:
         """Names of the per-element states that exist, e.g. exp_avg and exp_avg_sq; empty before the first step."""
         for cut in self.cuts:
             for key, value in self._state(cut).items():
-                if per_element(value) and (type(value) is not Tensor or value.numel() not in (0, cut.flat.numel())):
+                if per_element(value) and (type(value) is not Tensor or value.numel() not in (0, cut.stop - cut.start)):
                     raise ConfigError(
                         f"the state {key!r} of {type(self.optimizer).__name__} is not one number an element, so it "
                         "cannot be saved for other layouts. Save the weights alone, or train with AdamW instead of its "
@@ -268,9 +276,7 @@ class ShardOptimizer:
             zeros = {key: torch.zeros(cut.stop - cut.start, device=cut.flat.device) for key in mine}
             made = {key: torch.tensor(value, dtype=torch.float32) for key, value in numbers.items()}
             self.optimizer.state[cut.flat] = zeros | {k: v.to(cut.flat.device) for k, v in made.items()}
-        for bucket in self.zero.buckets:
-            if self._is_filed(bucket):
-                self.files.put(bucket, self._by_bucket[id(bucket)], self.optimizer, wait=True)
+        self._put_filed()
 
     def release(self) -> None:
         """Free the states, and give the optimizer back the parameters that it was made over. It starts anew then."""
