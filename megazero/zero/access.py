@@ -127,6 +127,17 @@ def write_master(bucket: Bucket, place: Placed, value: Tensor) -> None:
     _write(bucket, place, value, [(bucket.owned[0], bucket.master)])
 
 
+def write_changes(bucket: Bucket, place: Placed, value: Tensor) -> None:
+    """The same where `value` is not what the master casts to: 16-bit weights that nobody has changed leave the rest of
+    their masters' digits alone."""
+    first, master = bucket.owned[0], bucket.master
+    if (part := place.overlap(first, first + master.numel())) is not None:
+        lo, hi = part
+        own = master[lo - first : hi - first]
+        given = value.detach().reshape(-1)[lo - place.start : hi - place.start].to(own)
+        own.copy_(torch.where(own.to(bucket.dtype).to(own) == given, own, given))
+
+
 def write_weights(zero: Zero, bucket: Bucket, place: Placed, value: Tensor) -> None:
     """Make `value` [local shape] the weights of one parameter on this rank, whatever holds them."""
     with torch.no_grad():
