@@ -106,6 +106,8 @@ def load(
     engine.loaded()
     if not wanted.module_only:
         _take_up(engine, state, wanted, world.rank)
+    engine.zero.discard()  # gradients of the weights that were there before
+    engine.accumulation.restart()
     return str(step_folder(store, key)), decode(state["client"])
 
 
