@@ -74,8 +74,9 @@ def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor | None:
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     """The whole gradient, fp32: the mean over ranks and micro-batches, unscaled, not clipped. Collective.
 
-    To be called at the boundary of accumulation, between the last backward and step(): it ends the reduction. None for
-    a parameter that is not trained by an engine.
+    To be called at the boundary of accumulation, between the last backward and step(): it ends the reduction. Before it
+    this is the part that has come so far, and what comes later is added to it. None for a parameter that is not trained
+    by an engine.
     """
     found = _find(parameter)
     if found is None:
