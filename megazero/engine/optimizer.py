@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megazero.base.errors import ConfigError
+from megazero.base.errors import CheckpointError, ConfigError
 from megazero.config.schema import OptimizerConfig
 from megazero.engine.cuts import Cut, divided, per_element
 from megazero.engine.optimizers.cuts import repoint
@@ -76,6 +76,8 @@ class ShardOptimizer:
             self._by_bucket[id(bucket)].append(cut)
             groups[index[place.parameter]].append(cut.flat)
         repoint(self.optimizer, groups)
+        self.torn = False
+        """An update ended half-way: some masters and states are of the next step, others not."""
         self.files = StateFiles()
         self._put_filed()  # what was started already: Adagrad's sums
         self.at_hand = all(
@@ -105,7 +107,10 @@ class ShardOptimizer:
 
         Args:
             unused: some rank had parameters without a gradient. Those without one on every rank stay as they are.
+
+        Raises CheckpointError after an update that ended half-way, until states are loaded from a checkpoint.
         """
+        self.check_whole()
         idle = self._used_nowhere() if unused else set()
         buckets = list(enumerate(self.zero.buckets))[::-1]  # the order in which forward needs them
         if self.at_hand:
@@ -113,10 +118,14 @@ class ShardOptimizer:
                 if factor != 1.0:
                     bucket.reduced.mul_(factor)
                 self._give_gradients(bucket, bucket.reduced, idle)
+            self.torn = True
             self._step_cuts(self.cuts, None)
+            self.torn = False
             self.zero.publish()
         else:
+            self.torn = True
             self._step_in_turn(buckets, factor, idle)
+            self.torn = False
         for cut in self.cuts:
             cut.flat.grad = None
 
@@ -210,6 +219,15 @@ class ShardOptimizer:
 
     # checkpoints
 
+    def check_whole(self) -> None:
+        """Raise CheckpointError for masters and states that are partly of one step and partly of the next."""
+        if self.torn:
+            raise CheckpointError(
+                "an earlier step() ended with an error half-way, so that weights and optimizer states are partly those "
+                "before it and partly those after it. Resume from the last checkpoint: load_checkpoint() with the "
+                "optimizer's states, or in a new process."
+            )
+
     def state_keys(self) -> list[str]:
         """Names of the per-element states that exist, e.g. exp_avg and exp_avg_sq; empty before the first step."""
         for cut in self.cuts:
@@ -264,7 +282,9 @@ class ShardOptimizer:
         def numbers_of(place: Placed) -> Mapping[str, float] | None:
             return None if (name := place.spec.name) in absent else apart.get(name, scalars)
 
+        self.files.forget()
         self.optimizer.state.clear()
+        self.torn = False
         for bucket in self.zero.buckets:
             self._divide(bucket, numbers_of)
         names_of = getattr(self.optimizer, "state_names", lambda group: set(keys))

@@ -12,7 +12,7 @@ from megazero.engine.engine import Engine
 from megazero.zero import safe_get_full_grad, safe_set_full_grad
 from tests.engine.fronts import assert_like, batch_of, config_of, engine_of, make, parts_of
 
-SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}}
+SGD: dict[str, Any] = {"optimizer": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}}
 GAS = 4
 
 
@@ -48,7 +48,7 @@ def look(engine: Engine, model: nn.Module, precision: str, part: float) -> None:
 
 def check_looks(stage: int, precision: str, looks: tuple[int, ...]) -> None:
     """Gradients are asked for after micro-batches `looks` of four, in three steps of SGD."""
-    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 8}} if precision == "fp16" else {}
+    fp16: dict[str, Any] = {"fp16": {"enabled": True, "initial_scale_power": 8}} if precision == "fp16" else {}
     engine = engine_of(half(), config_of(stage, precision, gas=GAS, **SGD, **fp16))
     model = half()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
