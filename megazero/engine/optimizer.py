@@ -132,6 +132,7 @@ class ShardOptimizer:
     def _step_in_turn(self, buckets: list[tuple[int, Bucket]], factor: float, idle: set[nn.Parameter]) -> None:
         """Bucket by bucket. A bucket's update must not see that others came before it in this step."""
         before = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        counts = {k: v for k, v in vars(self.optimizer).items() if isinstance(v, int | float)}
         pipelined = self.zero.homes.pipelined
         for position, (index, bucket) in enumerate(buckets):
             self.files.fetch(bucket, self._by_bucket[id(bucket)], self.optimizer)
@@ -144,6 +145,7 @@ class ShardOptimizer:
             cuts = self._give_gradients(bucket, gradient, idle)
             for group, values in zip(self.optimizer.param_groups, before, strict=True):
                 group.update(values)
+            vars(self.optimizer).update(counts)
             self._step_cuts(cuts, index)
             for cut in cuts:
                 cut.flat.grad = None

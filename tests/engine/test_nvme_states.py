@@ -54,3 +54,39 @@ def test_states_that_an_optimizer_is_made_with(ranks: Any, tmp_path: Path, preci
 def test_fp32_masters_in_files_and_states_in_memory(ranks: Any, tmp_path: Path, size: int) -> None:
     """fp32 weights are their own masters, so that these go to the disk with the weights alone."""
     ranks.run(check_resumed, size, tmp_path, "AdamW", {}, zero_with(tmp_path, 3, "offload_param"))
+
+
+class Counting(torch.optim.Optimizer):
+    """SGD whose learning rate falls with a count that it keeps itself, beside groups and states."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": LR})
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=group["lr"] / self.count)
+
+
+def check_counting(folder: Path) -> None:
+    model = make()
+    optimizer = Counting(model.parameters())
+    zero = zero_with(folder, 3, "offload_optimizer", "offload_param") | {"reduce_bucket_size": 100}
+    engine = engine_of(config=config_of(zero_optimization=zero), optimizer=Counting)
+    for step in range(4):
+        optimizer.zero_grad()
+        model(*batch_of(step)).backward()
+        optimizer.step()
+    train(engine, 4)
+    assert engine.shards is not None
+    assert engine.shards.optimizer.count == 4  # type: ignore[attr-defined]
+    assert_like(engine, model, 1e-6)
+
+
+def test_an_optimizer_that_counts_its_steps(ranks: Any, tmp_path: Path) -> None:
+    """A step over files is one, though it goes bucket by bucket."""
+    ranks.run(check_counting, 2, tmp_path)
