@@ -126,7 +126,7 @@ RANGES: dict[str, Range] = {
         ),
         _SHARE,
     ),
-    "offload.offload_ratio": Range(0, 1, open_low=True),
+    "offload.offload_ratio": Range(0, 1),
     "model.rotary_percent": Range(0, 1, open_low=True),
     "model.rope_scaling_factor": Range(1),
     "optimizer.lr_warmup_fraction": _SHARE,

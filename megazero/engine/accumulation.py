@@ -87,8 +87,13 @@ class Accumulation:
         return {name: getattr(self, name) for name in ("micro_steps", "global_steps", "skipped_steps")}
 
     def load(self, state: dict[str, int]) -> None:
+        """Go on from counters of another number of micro-batches a step, perhaps."""
         self.micro_steps, self.global_steps = state["micro_steps"], state["global_steps"]
         self.skipped_steps = state["skipped_steps"]
+
+    def restart(self) -> None:
+        """Count from the beginning of a window: the gradients of the present one are gone."""
+        self.micro_steps -= self.micro_steps % self.steps
         self.begin()
 
 

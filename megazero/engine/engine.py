@@ -258,7 +258,11 @@ class Engine(Front, Queries):
         """What is sharded: fp32 masters under `weights`, per-element states under `optimizer`.
 
         To load, call `optimizer.prepare` first, so that the states exist.
+
+        Raises CheckpointError to save what an update has left half-way, OffloadError for a file that cannot be read.
         """
+        if for_save and self.shards is not None:
+            self.shards.check_whole()
         weights = self.zero.pieces(self.zero.masters(), for_save=for_save)
         found = {"weights": [Piece(*p) for p in weights]}
         if self.shards is not None:

@@ -113,16 +113,17 @@ class Front(Parts):
         if not boundary:
             return
         self.frozen.warn_of_thawed(self.log)
-        divisor = accumulation.divisor
+        divisor, total, items = accumulation.divisor, accumulation.total, accumulation.items
         known = accumulation.meaning is not None
+        accumulation.begin()  # whatever comes of the update
         result = self._update(
-            accumulation.total if known else None,
+            total if known else None,
             lambda items: (
                 Divisors(divisor, divisor)
                 if divisor
                 else Divisors(max(items, 1.0) / accumulation.unit, max(items, 1.0))
             ),
-            items=accumulation.items if divisor is None else None,
+            items=items if divisor is None else None,
         )
         self._stepped(result, lr_kwargs)
 
@@ -165,7 +166,6 @@ class Front(Parts):
         """After an update: counters, the scheduler, what is printed."""
         accumulation = self.accumulation
         self.last, accumulation.applied = result, not result.skipped
-        accumulation.begin()
         accumulation.global_steps += 1
         accumulation.skipped_steps += int(result.skipped)
         if not result.skipped and self.lr_scheduler is not None:

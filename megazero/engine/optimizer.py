@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megazero.base.errors import ConfigError
+from megazero.base.errors import CheckpointError, ConfigError
 from megazero.config.schema import OptimizerConfig
 from megazero.engine.cuts import Cut, divided, per_element
 from megazero.engine.optimizers.cuts import repoint
@@ -69,13 +69,17 @@ class ShardOptimizer:
         self._by_bucket: dict[int, list[Cut]] = {id(bucket): [] for bucket in zero.buckets}
         for bucket, _, start, stop in zero.segments(key):
             place = next(iter(bucket.parts(start, stop)))[0]
-            cut = Cut(bucket, start, stop, nn.Parameter(torch.empty(0, device=bucket.place.state_device)), place)
+            shown = torch.zeros((), device=bucket.place.state_device).expand(stop - start)  # a master in a file
+            cut = Cut(bucket, start, stop, nn.Parameter(shown), place)
             if bucket.master_in_memory:
                 cut.flat.data = cut.part_of(bucket.master)
             self._by_bucket[id(bucket)].append(cut)
             groups[index[place.parameter]].append(cut.flat)
         repoint(self.optimizer, groups)
+        self.torn = False
+        """An update ended half-way: some masters and states are of the next step, others not."""
         self.files = StateFiles()
+        self._put_filed()  # what was started already: Adagrad's sums
         self.at_hand = all(
             b.grad_dtype == torch.float32 and b.reduced.device == b.place.state_device and not self._is_filed(b)
             for b in zero.buckets
@@ -89,6 +93,12 @@ class ShardOptimizer:
     def _is_filed(self, bucket: Bucket) -> bool:
         return bucket.place.state_store is not None or not bucket.master_in_memory
 
+    def _put_filed(self) -> None:
+        """Put states that were made outside a step into their files."""
+        for bucket in self.zero.buckets:
+            if self._is_filed(bucket):
+                self.files.put(bucket, self._by_bucket[id(bucket)], self.optimizer, wait=True)
+
     # the update
 
     @torch.no_grad()
@@ -97,7 +107,10 @@ class ShardOptimizer:
 
         Args:
             unused: some rank had parameters without a gradient. Those without one on every rank stay as they are.
+
+        Raises CheckpointError after an update that ended half-way, until states are loaded from a checkpoint.
         """
+        self.check_whole()
         idle = self._used_nowhere() if unused else set()
         buckets = list(enumerate(self.zero.buckets))[::-1]  # the order in which forward needs them
         if self.at_hand:
@@ -105,16 +118,21 @@ class ShardOptimizer:
                 if factor != 1.0:
                     bucket.reduced.mul_(factor)
                 self._give_gradients(bucket, bucket.reduced, idle)
+            self.torn = True
             self._step_cuts(self.cuts, None)
+            self.torn = False
             self.zero.publish()
         else:
+            self.torn = True
             self._step_in_turn(buckets, factor, idle)
+            self.torn = False
         for cut in self.cuts:
             cut.flat.grad = None
 
     def _step_in_turn(self, buckets: list[tuple[int, Bucket]], factor: float, idle: set[nn.Parameter]) -> None:
         """Bucket by bucket. A bucket's update must not see that others came before it in this step."""
         before = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        counts = {k: v for k, v in vars(self.optimizer).items() if isinstance(v, int | float)}
         pipelined = self.zero.homes.pipelined
         for position, (index, bucket) in enumerate(buckets):
             self.files.fetch(bucket, self._by_bucket[id(bucket)], self.optimizer)
@@ -127,6 +145,7 @@ class ShardOptimizer:
             cuts = self._give_gradients(bucket, gradient, idle)
             for group, values in zip(self.optimizer.param_groups, before, strict=True):
                 group.update(values)
+            vars(self.optimizer).update(counts)
             self._step_cuts(cuts, index)
             for cut in cuts:
                 cut.flat.grad = None
@@ -202,11 +221,20 @@ class ShardOptimizer:
 
     # checkpoints
 
+    def check_whole(self) -> None:
+        """Raise CheckpointError for masters and states that are partly of one step and partly of the next."""
+        if self.torn:
+            raise CheckpointError(
+                "an earlier step() ended with an error half-way, so that weights and optimizer states are partly those "
+                "before it and partly those after it. Resume from the last checkpoint: load_checkpoint() with the "
+                "optimizer's states, or in a new process."
+            )
+
     def state_keys(self) -> list[str]:
         """Names of the per-element states that exist, e.g. exp_avg and exp_avg_sq; empty before the first step."""
         for cut in self.cuts:
             for key, value in self._state(cut).items():
-                if per_element(value) and (type(value) is not Tensor or value.numel() not in (0, cut.flat.numel())):
+                if per_element(value) and (type(value) is not Tensor or value.numel() not in (0, cut.stop - cut.start)):
                     raise ConfigError(
                         f"the state {key!r} of {type(self.optimizer).__name__} is not one number an element, so it "
                         "cannot be saved for other layouts. Save the weights alone, or train with AdamW instead of its "
@@ -256,7 +284,9 @@ class ShardOptimizer:
         def numbers_of(place: Placed) -> Mapping[str, float] | None:
             return None if (name := place.spec.name) in absent else apart.get(name, scalars)
 
+        self.files.forget()
         self.optimizer.state.clear()
+        self.torn = False
         for bucket in self.zero.buckets:
             self._divide(bucket, numbers_of)
         names_of = getattr(self.optimizer, "state_names", lambda group: set(keys))
@@ -268,9 +298,7 @@ class ShardOptimizer:
             zeros = {key: torch.zeros(cut.stop - cut.start, device=cut.flat.device) for key in mine}
             made = {key: torch.tensor(value, dtype=torch.float32) for key, value in numbers.items()}
             self.optimizer.state[cut.flat] = zeros | {k: v.to(cut.flat.device) for k, v in made.items()}
-        for bucket in self.zero.buckets:
-            if self._is_filed(bucket):
-                self.files.put(bucket, self._by_bucket[id(bucket)], self.optimizer, wait=True)
+        self._put_filed()
 
     def release(self) -> None:
         """Free the states, and give the optimizer back the parameters that it was made over. It starts anew then."""

@@ -267,6 +267,8 @@ class Queries(Parts):
     ) -> tuple[str | None, dict[str, Any]]:
         """Go on from a checkpoint that any number of ranks saved at any stage. Collective.
 
+        Gradients are no part of it: an accumulation begins anew, and those of the engine's own are forgotten.
+
         Args:
             tag: which; by default the one that `latest` names.
             load_module_strict: the model has exactly the tensors of the checkpoint; otherwise what both have is taken.

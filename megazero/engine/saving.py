@@ -64,7 +64,8 @@ def save(
         raise CheckpointError(
             f"ranks save under different tags: {', '.join(sorted({given for given, _ in tags}))}. Give the same on all."
         )
-    sections = engine.pieces(for_save=True)
+    sections: dict[str, list[Piece]] = {}
+    task.all(lambda: sections.update(engine.pieces(for_save=True)))
     more = whole.others(engine.module, engine.zero, for_save=True)
     kept = more["buffers"] + ([] if exclude_frozen else more["frozen"])
     sections["weights"] += [Piece(*piece) for piece in kept]
@@ -106,6 +107,8 @@ def load(
     engine.loaded()
     if not wanted.module_only:
         _take_up(engine, state, wanted, world.rank)
+    engine.zero.discard()  # gradients of the weights that were there before
+    engine.accumulation.restart()
     return str(step_folder(store, key)), decode(state["client"])
 
 

@@ -8,13 +8,14 @@ Between updates a state is a placeholder without elements; its file is named by 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from megazero.base.errors import ConfigError
+from megazero.base.errors import ConfigError, OffloadError
 from megazero.zero.buckets import Bucket
 from megazero.zero.homes import FileTensor, Transfer
 
@@ -94,6 +95,7 @@ class StateFiles:
         self.settle()
         loaded = self._loaded.pop(id(bucket), _Loaded())
         writing = _Loaded(borrowed=loaded.borrowed)
+        self._writing.append(writing)
         if loaded.master is not None:
             if bucket.master_file is not None:
                 writing.transfers.append(bucket.master_file.write(loaded.master))
@@ -102,7 +104,6 @@ class StateFiles:
         if bucket.place.state_store is not None:
             for cut in cuts:
                 self._put_states(cut, optimizer, writing)
-        self._writing.append(writing)
         if wait:
             self.settle()
 
@@ -126,13 +127,24 @@ class StateFiles:
             optimizer.state[cut.flat][key] = tensor.new_empty(0)
 
     def settle(self) -> None:
-        """Wait for what is being written, and give its memory back."""
-        for writing in self._writing:
-            for transfer in writing.transfers:
-                transfer.wait()
-            for file, buffer in writing.borrowed:
-                file.release(buffer)
-        self._writing = []
+        """Wait for what is being written, and give its memory back. Raises OffloadError when it could not be."""
+        while self._writing:
+            self._end(self._writing.pop())
+
+    def forget(self) -> None:
+        """What an update that ended with an error has left on its way, read or written, whether or not it arrives."""
+        for loaded in [*self._loaded.values(), *self._writing]:
+            with suppress(OffloadError):  # whoever waited first was told
+                self._end(loaded)
+        self._loaded, self._writing = {}, []
+
+    def _end(self, moved: _Loaded) -> None:
+        for transfer in moved.transfers:
+            transfer.finish()
+        for file, buffer in moved.borrowed:
+            file.release(buffer)
+        for transfer in moved.transfers:
+            transfer.wait()
 
     def mapped(self, cut: CutLike, key: str, value: Tensor) -> Tensor:
         """A state for a checkpoint: itself, or its file as memory."""

@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megazero.base.errors import CheckpointError
+from megazero.base.errors import CheckpointError, OffloadError
 from megazero.parallel.collectives import gather_objects
 from megazero.parallel.topology import AxisGroup
 
@@ -67,6 +67,8 @@ class Together:
     def _translated(self, error: Exception) -> Exception:
         if isinstance(error, CheckpointError):
             return error
+        if isinstance(error, OffloadError):
+            return CheckpointError(str(error))
         if isinstance(error, OSError):
             return CheckpointError(f"{error}. {self.advice}")
         return RuntimeError(f"{type(error).__name__}: {error}")

@@ -74,8 +74,9 @@ def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor | None:
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     """The whole gradient, fp32: the mean over ranks and micro-batches, unscaled, not clipped. Collective.
 
-    To be called at the boundary of accumulation, between the last backward and step(): it ends the reduction. None for
-    a parameter that is not trained by an engine.
+    To be called at the boundary of accumulation, between the last backward and step(): it ends the reduction. Before it
+    this is the part that has come so far, and what comes later is added to it. None for a parameter that is not trained
+    by an engine.
     """
     found = _find(parameter)
     if found is None:
@@ -125,6 +126,17 @@ def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, optim_
 def write_master(bucket: Bucket, place: Placed, value: Tensor) -> None:
     """Make `value` [local shape] the fp32 master of one parameter, as far as this rank holds it."""
     _write(bucket, place, value, [(bucket.owned[0], bucket.master)])
+
+
+def write_changes(bucket: Bucket, place: Placed, value: Tensor) -> None:
+    """The same where `value` is not what the master casts to: 16-bit weights that nobody has changed leave the rest of
+    their masters' digits alone."""
+    first, master = bucket.owned[0], bucket.master
+    if (part := place.overlap(first, first + master.numel())) is not None:
+        lo, hi = part
+        own = master[lo - first : hi - first]
+        given = value.detach().reshape(-1)[lo - place.start : hi - place.start].to(own)
+        own.copy_(torch.where(own.to(bucket.dtype).to(own) == given, own, given))
 
 
 def write_weights(zero: Zero, bucket: Bucket, place: Placed, value: Tensor) -> None:

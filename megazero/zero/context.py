@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megazero.parallel.collectives import broadcast
 from megazero.parallel.topology import AxisGroup
-from megazero.zero.access import owner_of, write_master, write_weights
+from megazero.zero.access import owner_of, write_changes, write_weights
 from megazero.zero.buckets import Bucket, Placed
 from megazero.zero.init import Init, cut, restore, slice_of
 from megazero.zero.status import in_order, is_available
@@ -26,8 +26,8 @@ class GatheredParameters:
     Args:
         params: a parameter or several; None and tensors that are whole anyway are left alone. All of them are whole at
             once: for a norm of each, go through them one by one.
-        modifier_rank: global rank whose changes inside the block become everyone's, master weights included. None: the
-            block only reads.
+        modifier_rank: global rank whose changes inside the block become everyone's, master weights included; elements
+            that it has not changed keep their fp32 masters. None: the block only reads.
         fwd_module: DeepSpeed's; parameters that other modules read are gathered by themselves here.
         enabled: False makes the block do nothing.
 
@@ -123,7 +123,7 @@ class GatheredParameters:
             return
         bucket, place = home
         if bucket.trainable:
-            write_master(bucket, place, value)
+            write_changes(bucket, place, value)
         write_weights(owner.zero, bucket, place, value)
         if bucket.values is not None:
             parameter.data = place.of(bucket.values)  # the block may have given it other memory

@@ -64,6 +64,10 @@ class Transfer:
         if self._error is not None:
             raise self._error
 
+    def finish(self) -> None:
+        """Until its memory is no longer in use; says nothing of its success."""
+        self._done.wait()
+
     @property
     def done(self) -> bool:
         return self._done.is_set()
@@ -268,7 +272,7 @@ class NvmeStore:
         with self._lock:
             running = list(file.queue)
         for transfer in running:
-            transfer._done.wait()
+            transfer.finish()
         if file.broken is not None:
             raise unreadable(name, file.broken)
         if file.nbytes == 0:
@@ -314,7 +318,7 @@ class NvmeStore:
             if not running:
                 break
             for transfer in running:
-                transfer._done.wait()
+                transfer.finish()
         self._finalizer()
         self._files.clear()
         self.pool.clear()

@@ -58,6 +58,7 @@ class Reduction:
         self._free: dict[int, list[Tensor]] = {}  # whole-bucket buffers of stages 2 and 3, by length
         self._carried: dict[int, Tensor] = {}  # stages 0, 1: what this rank's slice was when its bucket opened again
         self._stored: set[int] = set()  # buckets of stages 2 and 3 whose shard holds something of this step
+        self._kept: dict[int, Tensor] = {}  # what `finish` made of this step's first backwards, where more have come
         self._fresh = True  # a step has ended: forget what was asked about it at the next gradient
         self.expect(lambda parameter: 1, ordered=True)
 
@@ -199,7 +200,23 @@ class Reduction:
 
     def is_unfinished(self) -> bool:
         """Whether a gradient has come since the last `finish`."""
-        return self.has_come() or bool(self._stored)
+        return self.has_come() or bool(self._stored) or bool(self._kept)
+
+    def resume(self) -> None:
+        """After a `finish` that did not end the step: more gradients come, and are added to its sums."""
+        self._fresh = False
+        for index, bucket in enumerate(self.buckets):
+            if self.sharded and bucket.grad_sum is None:
+                self._stored.add(index)
+            else:
+                self._kept[index] = self._own(bucket).clone()
+
+    def _own(self, bucket: Bucket) -> Tensor:
+        """This rank's slice of the sums."""
+        if self.sharded:
+            return bucket.reduced
+        assert bucket.grads is not None
+        return bucket.grads[bucket.slice[0] : bucket.slice[1]]
 
     @torch.no_grad()
     def end_round(self, *, after_backward: bool = False) -> None:
@@ -225,15 +242,13 @@ class Reduction:
         self.end_round()
         gathers = []
         for index, bucket in enumerate(self.buckets):
-            if self.sharded:
-                own = bucket.reduced
-                if index not in self._stored:
-                    own.zero_()
-            else:
-                assert bucket.grads is not None
-                own = bucket.grads[bucket.slice[0] : bucket.slice[1]]
+            own = self._own(bucket)
+            if self.sharded and index not in self._stored:
+                own.zero_()
             if bucket.grad_sum is not None:
                 all_reduce(own, bucket.grad_sum)
+            if (kept := self._kept.pop(index, None)) is not None:
+                own.add_(kept)
             if self.gather and bucket.grads is not None:
                 gathers.append(all_gather_slices(bucket.grads, bucket.group, bucket.padding))
         for pending in gathers:
@@ -247,5 +262,5 @@ class Reduction:
         for index in list(self._under_way):
             self._finish(index)
         self._begin_round()
-        self._carried, self._stored, self._free = {}, set(), {}
+        self._carried, self._stored, self._kept, self._free = {}, set(), {}, {}
         self._fresh = True

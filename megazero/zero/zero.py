@@ -5,8 +5,7 @@
     stage 3 ─► Gatherer: whole parameters around each use
 
 The ZeRO group is the flattened (dp, cp) axes; experts that are spread over ranks have the group of their copies. A
-gradient is ready when `.grad` was filled, whoever filled it: hooks
-are one entry, `gradient_ready` the explicit one.
+gradient is ready when `.grad` was filled, whoever filled it: hooks are one entry, `gradient_ready` the explicit one.
 """
 
 from __future__ import annotations
@@ -196,6 +195,7 @@ class Zero:
 
     def gradient_ready(self, parameter: nn.Parameter) -> None:
         """Take `parameter.grad`."""
+        self._resume()
         self.reduction.gradient_ready(parameter)
 
     def count_unused(self) -> float:
@@ -203,8 +203,9 @@ class Zero:
         return float(len(self.reduction.home) - len(self.reduction.ever_filled))
 
     def end_backward(self, *, ran: bool = True) -> None:
-        """After a backward: stages 2 and 3 reduce what is left. Collective. `ran` False: perhaps one ran, and perhaps
-        it was ended already."""
+        """After a backward: stages 2 and 3 reduce what is left. Collective. `ran` False: perhaps one, ended already."""
+        if ran:
+            self._resume()  # on a rank to which the backward gave nothing
         if self._shards_gradients:
             self.reduction.end_round(after_backward=ran)
         if self.gatherer is not None:
@@ -227,11 +228,16 @@ class Zero:
             self.gatherer.end_backward()
 
     def finish_reduction_early(self) -> None:
-        """The same before the step, for who wants to see or change the gradients; `finish_reduction` then has nothing
-        left to do."""
+        """The same before the step, to see or change the gradients; more of them are added to these."""
         if self.reduction.is_unfinished():
             self.finish_reduction()
             self._finished_early = True
+
+    def _resume(self) -> None:
+        """A backward after `finish_reduction_early`, in the same step."""
+        if self._finished_early:
+            self._finished_early = False
+            self.reduction.resume()
 
     def _done_with(self, bucket: Bucket) -> None:
         """Stage 3: its whole parameters are needed no more."""
@@ -340,11 +346,9 @@ class Zero:
                     runs[-1][1] = hi
                 else:
                     runs.append([lo, hi])
-            first = bucket.owned[0]
-            reduced = bucket.reduced
-            norms += [
-                torch.linalg.vector_norm(reduced[lo - first : hi - first], dtype=torch.float32) for lo, hi in runs
-            ]
+            first, reduced = bucket.owned[0], bucket.reduced
+            parts = (reduced[lo - first : hi - first] for lo, hi in runs)
+            norms += [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
         if not norms:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.stack([norm.to(self.device) for norm in norms]).double().square().sum()

@@ -153,8 +153,9 @@ def test_numbers_of_what_is_off_may_stand_in_a_file() -> None:
 
 
 def test_ratio_has_a_range() -> None:
-    (problem,) = problems(offload__offload_ratio=0.0, offload__offload_optimizer="cpu")
-    assert problem == "--offload-ratio 0.0: must be above 0 and at most 1. Use 1, for instance."
+    (problem,) = problems(offload__offload_ratio=1.5, offload__offload_optimizer="cpu")
+    assert problem.startswith("--offload-ratio 1.5: must be at least 0 and at most 1. Use ")
+    assert problems(offload__offload_ratio=0.0, offload__offload_optimizer="cpu") == []
 
 
 def test_the_engine_alone_is_checked_without_model_and_data() -> None:

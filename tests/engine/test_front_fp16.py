@@ -88,6 +88,20 @@ def test_overflow_at_the_smallest_scale() -> None:
         train(engine, 1)
 
 
+def test_a_step_after_an_error_knows_nothing_of_it() -> None:
+    """The losses of the step that failed are not counted in the next one."""
+    settings = {"enabled": True, "initial_scale_power": 2, "min_loss_scale": 4, "hysteresis": 1}
+    torch.manual_seed(7)
+    engine = engine_of(Explosive(), config_of(1, "fp16", gas=2, fp16=settings))
+    engine.module.blow = True
+    with pytest.raises(NonFiniteError, match=r"loss scale 4, the smallest allowed"):
+        train(engine, 1)
+    engine.module.blow = False
+    train(engine, 1)
+    assert engine.was_step_applied() and engine.last is not None
+    assert engine.last.loss == pytest.approx(plain(1)[1][0], rel=1e-2)
+
+
 def test_the_scale_of_the_backward_is_undone_when_it_grows() -> None:
     """At every growth DeepSpeed halves the gradient; here the norm tells that it stays the same."""
     settings = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1}

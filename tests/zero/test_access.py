@@ -123,6 +123,29 @@ def test_gathered_parameters(ranks: Any, stage: int) -> None:
     ranks.run(check_gathered, 2, stage)
 
 
+def check_unchanged(stage: int) -> None:
+    """Masters have digits that 16-bit weights have not: only changed elements lose them."""
+    model, zero = build(stage, torch.bfloat16)
+    register(zero, no_states)
+    weight = model.blocks[1].down.weight
+    before = {name: safe_get_full_fp32_param(p) for name, p in model.named_parameters()}
+    assert (before["blocks.1.down.weight"] != before["blocks.1.down.weight"].bfloat16()).any()
+    with GatheredParameters(model.parameters(), modifier_rank=1), torch.no_grad():
+        weight[0, :2] = 3.0
+    wanted = {name: None if value is None else value.clone() for name, value in before.items()}
+    wanted["blocks.1.down.weight"][0, :2] = 3.0
+    for name, parameter in model.named_parameters():
+        found = safe_get_full_fp32_param(parameter)
+        assert found is wanted[name] is None or torch.equal(found, wanted[name])
+    with GatheredParameters(weight):
+        assert torch.equal(weight, wanted["blocks.1.down.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_elements_that_a_modifier_leaves_alone_keep_their_masters(ranks: Any, stage: int) -> None:
+    ranks.run(check_unchanged, 2, stage)
+
+
 def check_safe(stage: int) -> None:
     model, zero = build(stage)
     moments = {id(b): torch.full_like(b.master, 0.5) for b in zero.buckets}
