@@ -392,8 +392,7 @@ class Zero:
 def _ready(zero: weakref.ref[Zero], parameter: nn.Parameter) -> None:
     """The hook of a parameter. Python's collector does not see through a tensor's hooks: one that held its Zero would
     keep the model, its memory and its process groups for ever."""
-    owner = zero()
-    if owner is not None:
+    if (owner := zero()) is not None:
         owner.gradient_ready(parameter)
 
 
