@@ -16,7 +16,7 @@ from megazero.config.fields import FIELDS, value_of
 from megazero.config.layers import Setting, with_settings
 from megazero.config.layout import smallest_world_size
 from megazero.config.pipeline import virtual_stages
-from megazero.config.schema import RunConfig
+from megazero.config.schema import RunConfig, TrainingConfig
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -95,11 +95,14 @@ def unset(config: RunConfig, key: str) -> bool:
 
 
 def _length(config: RunConfig) -> list[tuple[str, int | None, str]]:
-    training = config.training
-    known = training.train_samples is not None and training.global_batch_size is not None
-    batch = max(training.global_batch_size or 1, 1)
-    iters = (training.train_samples or 0) // batch or None if known else None
-    return [("training.train_iters", iters, "train-samples / global-batch-size")]
+    return [("training.train_iters", steps_of_samples(config.training), "train-samples / global-batch-size")]
+
+
+def steps_of_samples(training: TrainingConfig) -> int | None:
+    """The steps that `train_samples` make; None where that or the batch is not known."""
+    if training.train_samples is None or training.global_batch_size is None:
+        return None
+    return training.train_samples // max(training.global_batch_size, 1) or None
 
 
 def _parallel(config: RunConfig) -> RunConfig:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megazero.base.device import default_backend, device_for, initialize_distributed
@@ -75,6 +77,29 @@ def _explained() -> Iterator[None]:
 
 
 _SLICES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_guard: RemovableHandle | None = None
+"""While there are slices, modules that have some refuse to run."""
+
+
+def _refuse_to_run(module: nn.Module, args: Any) -> None:
+    """A hook of all modules. A model of which no engine was made would answer NaN."""
+    if Init._active is not None:
+        return
+    away = [name for name, p in module._parameters.items() if p is not None and p in _SLICES and not is_available(p)]
+    if away:
+        raise ConfigError(
+            f"{type(module).__name__} was built under zero.Init (or while a stage 3 configuration was alive in "
+            f"transformers), so that this rank has one slice of its {' and '.join(away)}, and no engine gathers them. "
+            "Give the model to initialize() (with stage 3 and no optimizer for inference), build it outside zero.Init, "
+            "or run it inside `with GatheredParameters(list(model.parameters())):`."
+        )
+
+
+def _keep(parameter: Tensor, own: Slice) -> None:
+    global _guard
+    _SLICES[parameter] = own
+    if _guard is None:
+        _guard = register_module_forward_pre_hook(_refuse_to_run)
 
 
 def slice_of(parameter: Tensor) -> Slice | None:
@@ -85,10 +110,14 @@ def slice_of(parameter: Tensor) -> Slice | None:
 
 def forget(parameter: Tensor) -> None:
     """Its values are elsewhere now."""
+    global _guard
     if _SLICES.pop(parameter, None) is not None:
         unmark(parameter)
         for name in _COPYING:
             vars(parameter).pop(name, None)
+    if _guard is not None and not len(_SLICES):
+        _guard.remove()
+        _guard = None
 
 
 class _Copying:
@@ -107,7 +136,7 @@ class _Copying:
         made = type(parameter)(parameter.data, parameter.requires_grad)
         known = _SLICES.get(parameter)
         if known is not None and not is_available(parameter):
-            _SLICES[made] = replace(known, own=known.own.clone())
+            _keep(made, replace(known, own=known.own.clone()))
             mark(made)
             _watch_copies(made)
             return made
@@ -153,7 +182,7 @@ def cut(parameter: nn.Parameter, group: AxisGroup, home: torch.device | None = N
     own = torch.zeros(width, dtype=flat.dtype, device=home or flat.device)
     part = flat[group.rank * width : (group.rank + 1) * width]
     own[: part.numel()] = part
-    _SLICES[parameter] = Slice(group, parameter.shape, parameter.dtype, parameter.device, own)
+    _keep(parameter, Slice(group, parameter.shape, parameter.dtype, parameter.device, own))
     parameter.data = torch.full((), torch.nan, dtype=flat.dtype, device=flat.device).expand(parameter.shape)
     mark(parameter)
     _watch_copies(parameter)
@@ -163,7 +192,8 @@ class Init:
     """Context in which the parameters of new modules are cut over the data-parallel ranks as they come to be.
 
     Works for constructors, `from_config` and `from_pretrained` of local files: every rank runs the same code. After the
-    block parameters show NaN of their shape; `GatheredParameters` shows their values.
+    block parameters show NaN of their shape; `GatheredParameters` shows their values. Modules that hold some refuse to
+    run until the model is given to `initialize()`.
 
     Args:
         config_dict_or_path, config: a ds_config. With a `zero_optimization.stage` other than 3 nothing is cut.

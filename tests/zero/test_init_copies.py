@@ -1,4 +1,5 @@
-"""Copies of modules that are built in slices: torch's own TransformerEncoder is made of them."""
+"""Modules that are built in slices: copied (torch's own TransformerEncoder is made of copies), and run without an
+engine."""
 
 from __future__ import annotations
 
@@ -73,3 +74,24 @@ def check_pickle() -> None:
 
 def test_slices_are_not_pickled(ranks: Any) -> None:
     ranks.run(check_pickle, 2)
+
+
+def check_run() -> None:
+    with Init():
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        model(torch.ones(1, 4))  # constructors do it
+    x = torch.ones(1, 4)
+    with pytest.raises(
+        ConfigError, match=r"Linear was built under zero\.Init .* its weight and bias, .*initialize\(\)"
+    ):
+        model(x)
+    with GatheredParameters(list(model.parameters())):
+        assert torch.isfinite(model(x)).all()
+    nn.Linear(4, 4)(x)  # others run
+    engine = megazero.initialize(model=model, config={"train_batch_size": 2, "zero_optimization": {"stage": 3}})[0]
+    assert torch.isfinite(engine(x)).all()
+    assert all(slice_of(p) is None for p in model.parameters())
+
+
+def test_a_module_in_slices_refuses_to_run(ranks: Any) -> None:
+    ranks.run(check_run, 2)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megazero.base.errors import ConfigError
+from megazero.config.derive import steps_of_samples
 from megazero.config.schema import RunConfig
 from megazero.engine.lr import LearningRate
 from megazero.engine.schedulers.base import Schedule
@@ -31,9 +32,7 @@ def course_of(config: RunConfig) -> LearningRate:
     Raises ConfigError for a course that needs a length where there is none, or whose parts do not fit in each other.
     """
     optimizer = config.optimizer
-    length = optimizer.lr_decay_iters or config.training.train_iters
-    if length is None and config.training.train_samples and config.training.global_batch_size:
-        length = config.training.train_samples // config.training.global_batch_size
+    length = optimizer.lr_decay_iters or config.training.train_iters or steps_of_samples(config.training)
     if length is None and optimizer.lr_decay_style == "constant" and optimizer.lr_warmup_fraction is None:
         length = optimizer.lr_warmup_iters + 1  # nothing decays
     if length is None:
