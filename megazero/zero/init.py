@@ -83,8 +83,9 @@ _guard: RemovableHandle | None = None
 
 def _refuse_to_run(module: nn.Module, args: Any) -> None:
     """A hook of all modules. A model of which no engine was made would answer NaN."""
-    if Init._active is not None:
+    if torch.compiler.is_compiling() or Init._active is not None:  # torch.compile cannot look into the slices
         return
+    _lift_guard()  # of models that are no more
     away = [name for name, p in module._parameters.items() if p is not None and p in _SLICES and not is_available(p)]
     if away:
         raise ConfigError(
@@ -93,6 +94,14 @@ def _refuse_to_run(module: nn.Module, args: Any) -> None:
             "Give the model to initialize() (with stage 3 and no optimizer for inference), build it outside zero.Init, "
             "or run it inside `with GatheredParameters(list(model.parameters())):`."
         )
+
+
+def _lift_guard() -> None:
+    """Let all modules run without a look at them once there are no slices."""
+    global _guard
+    if _guard is not None and not len(_SLICES):
+        _guard.remove()
+        _guard = None
 
 
 def _keep(parameter: Tensor, own: Slice) -> None:
@@ -110,14 +119,11 @@ def slice_of(parameter: Tensor) -> Slice | None:
 
 def forget(parameter: Tensor) -> None:
     """Its values are elsewhere now."""
-    global _guard
     if _SLICES.pop(parameter, None) is not None:
         unmark(parameter)
         for name in _COPYING:
             vars(parameter).pop(name, None)
-    if _guard is not None and not len(_SLICES):
-        _guard.remove()
-        _guard = None
+    _lift_guard()
 
 
 class _Copying:

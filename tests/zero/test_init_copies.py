@@ -4,6 +4,7 @@ engine."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -95,3 +96,16 @@ def check_run() -> None:
 
 def test_a_module_in_slices_refuses_to_run(ranks: Any) -> None:
     ranks.run(check_run, 2)
+
+
+def test_slices_elsewhere_do_not_hinder_compilation() -> None:
+    with Init():
+        sliced = nn.Linear(4, 4)
+    other, x = nn.Linear(4, 2), torch.ones(1, 4)
+    compiled = torch.compile(other, backend="eager", fullgraph=True)
+    assert init_module._guard is not None and torch.equal(compiled(x), other(x))
+    assert slice_of(sliced.weight) is not None
+    del sliced
+    gc.collect()
+    other(x)
+    assert init_module._guard is None or len(init_module._SLICES)  # other tests' models may live
